@@ -1,0 +1,220 @@
+"""The words of a pipeline file: one class for each `kind:`, and nothing that runs.
+
+`stages` says what is computed. Everything in it, and nothing else, names an artifact.
+`profiles` says where and how. It never names an artifact, except through `set`.
+
+This module imports neither torch nor Ray, so a laptop can read, check and plan any file.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+from nanochat.config import ModelConfig, OptimConfig
+
+Kind = Literal["vocabulary", "token_shards", "checkpoint", "report", "bundle"]
+
+# Documents whose hash falls in the lowest 5% are never used to train a vocabulary, so that a corpus may hold out
+# any share up to this one without the two stages having to agree.
+MAX_HOLDOUT = 0.05
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Marks a field that names another stage, and says what that stage must make."""
+
+    kind: Kind
+
+
+Vocabulary = Annotated[str, Needs("vocabulary")]
+Shards = Annotated[str, Needs("token_shards")]
+Checkpoint = Annotated[str, Needs("checkpoint")]
+Bundle = Annotated[str, Needs("bundle")]
+
+
+class Spec(BaseModel):
+    """Frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class StageSpec(Spec):
+    """What every stage declares about itself."""
+
+    makes: ClassVar[Kind]
+    version: ClassVar[int]  # raise it when the stage's code changes what it makes
+    draws: ClassVar[bool] = False  # whether the pipeline's seed decides what it makes
+    later: ClassVar[dict[str, object]] = {}  # settings added since: path -> the value that changes nothing
+
+
+class Tokenizer(StageSpec):
+    """Documents in, vocabulary out: byte-level BPE trained on them, or one that tiktoken ships."""
+
+    makes: ClassVar[Kind] = "vocabulary"
+    version: ClassVar[int] = 1
+
+    kind: Literal["tokenizer"]
+    source: str | None = None  # path, s3:// or hf:// glob, or python-stdlib
+    size: int | None = Field(None, ge=265, le=1_000_000)  # tokens, the nine special ones included
+    encoding: Literal["r50k_base", "cl100k_base"] | None = None  # instead of source and size
+    max_bytes: PositiveInt = 2_000_000_000  # of text to train on
+    revision: str | int | None = None  # change it to accept a source that changed
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Tokenizer":
+        if (self.size is None) == (self.encoding is None):
+            raise ValueError("give `size` (a vocabulary is trained on `source`) or `encoding` (tiktoken's own), not both")
+        if self.size is not None and self.source is None:
+            raise ValueError("`source` is missing: a vocabulary of `size` tokens is trained on it")
+        return self
+
+
+class Tokenize(StageSpec):
+    """Documents or chats in, token shards out (Ray Data)."""
+
+    makes: ClassVar[Kind] = "token_shards"
+    version: ClassVar[int] = 1
+
+    kind: Literal["tokenize"]
+    tokenizer: Vocabulary
+    source: str  # path, s3:// or hf:// glob, python-stdlib or python-stdlib-questions
+    format: Literal["text", "chat"]
+    shard_bytes: PositiveInt = 250_000_000  # of text in a shard
+    holdout: float = Field(0.01, gt=0, le=MAX_HOLDOUT)  # share of the documents kept for evaluation
+    revision: str | int | None = None  # change it to accept a source that changed
+
+
+class Pretrain(StageSpec):
+    """Token shards in, base checkpoint out (Ray Train, DDP)."""
+
+    makes: ClassVar[Kind] = "checkpoint"
+    version: ClassVar[int] = 1
+    draws: ClassVar[bool] = True
+
+    kind: Literal["pretrain"]
+    data: Shards
+    model: ModelConfig
+    optim: OptimConfig = OptimConfig()
+    tokens: PositiveInt
+    batch_tokens: PositiveInt = 524_288
+    precision: Literal["bf16", "fp32"] = "bf16"
+
+    @model_validator(mode="after")
+    def _whole_rows(self) -> "Pretrain":
+        if self.batch_tokens % self.model.context:
+            near = max(1, round(self.batch_tokens / self.model.context)) * self.model.context
+            raise ValueError(
+                f"batch_tokens is {self.batch_tokens}, not a multiple of the context {self.model.context}; use {near}"
+            )
+        if self.tokens < self.batch_tokens:
+            raise ValueError(f"tokens is {self.tokens}, less than one batch of {self.batch_tokens}")
+        return self
+
+
+class Sft(StageSpec):
+    """Base checkpoint and chat shards in, chat checkpoint out (Ray Train, DDP)."""
+
+    makes: ClassVar[Kind] = "checkpoint"
+    version: ClassVar[int] = 1
+    draws: ClassVar[bool] = True
+
+    kind: Literal["sft"]
+    start: Checkpoint
+    data: Shards
+    optim: OptimConfig = OptimConfig(matrix_lr=0.004, embed_lr=0.04, head_lr=0.0008, warmdown=1.0)
+    epochs: PositiveFloat = 1.0
+    batch_tokens: PositiveInt = 262_144
+    precision: Literal["bf16", "fp32"] = "bf16"
+
+
+class Evaluate(StageSpec):
+    """Checkpoint in, scores out: bits per byte on held-out documents, exact match on held-out questions."""
+
+    makes: ClassVar[Kind] = "report"
+    version: ClassVar[int] = 1
+
+    kind: Literal["evaluate"]
+    model: Checkpoint
+    data: Shards  # whose held-out documents are scored
+    examples: PositiveInt = 200  # held-out questions that are answered, where `data` holds chats
+    max_reply_tokens: PositiveInt = 64
+
+
+class Export(StageSpec):
+    """Checkpoint in, servable bundle out: weights, sizes, tokenizer, chat template. Loads in transformers."""
+
+    makes: ClassVar[Kind] = "bundle"
+    version: ClassVar[int] = 1
+
+    kind: Literal["export"]
+    model: Checkpoint
+    dtype: Literal["bf16", "fp32"] = "bf16"
+
+
+Stage = Annotated[Tokenizer | Tokenize | Pretrain | Sft | Evaluate | Export, Field(discriminator="kind")]
+GpuName = Literal["H200", "H100", "A100", "L4"]
+
+
+class Service(Spec):
+    """What clients of the chat service see. It makes no artifact, so it is not a stage."""
+
+    model: Bundle
+    max_reply_tokens: PositiveInt = 1024
+    temperature: float = Field(0.8, ge=0)  # used where a request names none; 0 is greedy
+
+
+class Place(Spec):
+    """Where one stage runs: `workers` Ray actors, each with `cpus` and at most one GPU."""
+
+    workers: PositiveInt = 1
+    cpus: PositiveInt = 1  # for each worker
+    gpu: GpuName | None = None
+    micro_batch: PositiveInt = 8  # sequences in one forward pass of one worker
+    retries: int = Field(0, ge=0)  # worker failures to survive before the stage fails
+    checkpoint_s: PositiveFloat = 60  # seconds between two checkpoints of a training stage
+
+
+class Capacity(Spec):
+    """How much of the service runs: replicas, each with `cpus` and at most one GPU."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=1, le=65_535)
+    replicas: tuple[PositiveInt, PositiveInt] = (1, 1)  # fewest, most
+    cpus: PositiveInt = 1
+    gpu: GpuName | None = None
+    max_batch: PositiveInt = 8  # sequences decoded together in one replica
+    kv_tokens: PositiveInt = 16_384  # tokens of KV cache in one replica
+    target_ongoing: PositiveInt = 8  # requests in flight per replica at which one more is started
+
+
+class Profile(Spec):
+    """Where a pipeline runs, and the few settings that are changed for that place."""
+
+    store: str  # directory or s3:// prefix of the artifacts
+    cluster: str | None = None  # ray_cluster.yaml or KubeRay file of the place
+    place: dict[str, Place] = {}  # stage -> Place; "default" is for the stages not named
+    serve: Capacity = Capacity()
+    set: dict[str, object] = {}  # "stage.field.field" -> value; these DO change artifacts
+
+
+class Pipeline(Spec):
+    """A whole pipeline file."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    seed: int = Field(0, ge=0, lt=2**63)
+    stages: dict[str, Stage]
+    service: Service | None = None
+    profiles: dict[str, Profile]
+
+
+def needs_of(spec: BaseModel) -> dict[str, tuple[str, Kind]]:
+    """The stages `spec` builds on: field -> (name of the stage, what it must make)."""
+    found: dict[str, tuple[str, Kind]] = {}
+    for field, info in type(spec).model_fields.items():
+        marks = [*info.metadata, *(m for arg in get_args(info.annotation) for m in get_args(arg))]
+        value = getattr(spec, field)
+        for mark in marks:
+            if isinstance(mark, Needs) and value is not None:
+                found[field] = (value, mark.kind)
+    return found
