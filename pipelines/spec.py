@@ -9,7 +9,16 @@ This module imports neither torch nor Ray, so a laptop can read, check and plan 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 from nanochat.config import ModelConfig, OptimConfig
 
@@ -25,10 +34,13 @@ class Needs:
     """Marks a field that names another stage, and says what that stage must make."""
 
     kind: Kind
+    format: Literal["text", "chat"] | None = None  # of the documents in token shards; None: either
 
 
 Vocabulary = Annotated[str, Needs("vocabulary")]
 Shards = Annotated[str, Needs("token_shards")]
+TextShards = Annotated[str, Needs("token_shards", "text")]
+ChatShards = Annotated[str, Needs("token_shards", "chat")]
 Checkpoint = Annotated[str, Needs("checkpoint")]
 Bundle = Annotated[str, Needs("bundle")]
 
@@ -36,7 +48,7 @@ Bundle = Annotated[str, Needs("bundle")]
 class Spec(BaseModel):
     """Frozen, and strict about unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class StageSpec(Spec):
@@ -64,7 +76,9 @@ class Tokenizer(StageSpec):
     @model_validator(mode="after")
     def _one_way(self) -> "Tokenizer":
         if (self.size is None) == (self.encoding is None):
-            raise ValueError("give `size` (a vocabulary is trained on `source`) or `encoding` (tiktoken's own), not both")
+            raise ValueError(
+                "give `size` (a vocabulary is trained on `source`) or `encoding` (tiktoken's own), not both"
+            )
         if self.size is not None and self.source is None:
             raise ValueError("`source` is missing: a vocabulary of `size` tokens is trained on it")
         return self
@@ -93,7 +107,7 @@ class Pretrain(StageSpec):
     draws: ClassVar[bool] = True
 
     kind: Literal["pretrain"]
-    data: Shards
+    data: TextShards
     model: ModelConfig
     optim: OptimConfig = OptimConfig()
     tokens: PositiveInt
@@ -121,7 +135,7 @@ class Sft(StageSpec):
 
     kind: Literal["sft"]
     start: Checkpoint
-    data: Shards
+    data: ChatShards
     optim: OptimConfig = OptimConfig(matrix_lr=0.004, embed_lr=0.04, head_lr=0.0008, warmdown=1.0)
     epochs: PositiveFloat = 1.0
     batch_tokens: PositiveInt = 262_144
@@ -197,24 +211,47 @@ class Profile(Spec):
     serve: Capacity = Capacity()
     set: dict[str, object] = {}  # "stage.field.field" -> value; these DO change artifacts
 
+    @field_validator("store")
+    @classmethod
+    def _known_kind(cls, store: str) -> str:
+        if not store.strip() or store == "s3://" or ("://" in store and not store.startswith("s3://")):
+            raise ValueError(f"store is {store!r}; write a folder or s3://BUCKET/PREFIX")
+        return store
+
+
+# A stage's name is part of `set` paths and of addresses. These mean something else in `--set` and in `place`.
+RESERVED = ("default", "place", "serve", "store")
+StageName = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
+
 
 class Pipeline(Spec):
     """A whole pipeline file."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     seed: int = Field(0, ge=0, lt=2**63)
-    stages: dict[str, Stage]
+    stages: dict[StageName, Stage]
     service: Service | None = None
     profiles: dict[str, Profile]
 
 
 def needs_of(spec: BaseModel) -> dict[str, tuple[str, Kind]]:
     """The stages `spec` builds on: field -> (name of the stage, what it must make)."""
-    found: dict[str, tuple[str, Kind]] = {}
-    for field, info in type(spec).model_fields.items():
+    named = {field: (getattr(spec, field), needs.kind) for field, needs in needed_fields(type(spec)).items()}
+    return {field: (name, kind) for field, (name, kind) in named.items() if name is not None}
+
+
+def needed_fields(kind: type[BaseModel]) -> dict[str, Needs]:
+    """The fields of a class that name another stage, and what that stage must make."""
+    found: dict[str, Needs] = {}
+    for field, info in kind.model_fields.items():
         marks = [*info.metadata, *(m for arg in get_args(info.annotation) for m in get_args(arg))]
-        value = getattr(spec, field)
         for mark in marks:
-            if isinstance(mark, Needs) and value is not None:
-                found[field] = (value, mark.kind)
+            if isinstance(mark, Needs):
+                found[field] = mark
     return found
+
+
+def stage_classes() -> dict[str, type[StageSpec]]:
+    """kind, as in the file -> its class."""
+    classes = get_args(get_args(Stage)[0])
+    return {get_args(c.model_fields["kind"].annotation)[0]: c for c in classes}

@@ -1,0 +1,39 @@
+"""Every number that a stage may say about itself: its name, its unit, its meaning.
+
+Stages return these and no others; reports, dashboards and alerts are made from this list.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number. Names are snake_case and never change their meaning."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+METRICS = (
+    Metric("vocabulary_size", "tokens", "entries of the vocabulary, special tokens included"),
+    Metric("text_bytes", "bytes", "UTF-8 text that was read; of chats, what the assistant says"),
+    Metric("bytes_per_token", "bytes/token", "text in one token, on average over all documents"),
+    Metric("documents", "documents", "documents or chats of the source"),
+    Metric("heldout_documents", "documents", "of these, kept for evaluation"),
+    Metric("tokens", "tokens", "in the documents to train on"),
+    Metric("heldout_tokens", "tokens", "in the held-out documents"),
+    Metric("train_loss", "nats/token", "mean cost of a target token; over the last 5% of the steps once it is done"),
+    Metric("train_steps", "steps", "optimizer steps taken, those before a restart included"),
+    Metric("train_tokens", "tokens", "positions of all global batches, padding included"),
+    Metric("tokens_per_s", "tokens/s", "positions trained on in a second, median over the steps"),
+    Metric("parameters", "parameters", "weights of the model, embeddings included"),
+    Metric("waste", "share", "of the positions of a batch, those that are padding, plus tokens that were dropped"),
+    Metric("val_bpb", "bits/byte", "bits the model needs for a byte of held-out text"),
+    Metric("gzip_bpb", "bits/byte", "the same documents by gzip -9, each alone"),
+    Metric("xz_bpb", "bits/byte", "the same documents by xz -9, each alone"),
+    Metric("exact_match", "share", "of held-out questions, those answered letter for letter"),
+    Metric("questions", "questions", "held-out questions that were asked"),
+    Metric("logit_difference", "logits", "largest difference between the checkpoint and the bundle read back"),
+)
+UNITS = {m.name: m.unit for m in METRICS}

@@ -1,0 +1,66 @@
+"""One Ray for all stages of a run: the cluster that is named, or one started on this machine and ended with the run."""
+
+import os
+import secrets
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipelines.plan import Step
+from pipelines.spec import Capacity
+
+OBJECT_STORE_BYTES = 600_000_000  # stages pass numbers, not data: shards and weights go through the store
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nobody is told that this runs
+    "RAY_AUTH_MODE": "token",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+}
+
+
+def logical_cpus(steps: Sequence[Step], serve: Capacity) -> int:
+    """CPUs that a local Ray must have: for the largest stage, the service and one to spare. More than there are is
+    fine: to Ray a CPU is a ticket, and a laptop runs several small workers on one core.
+    """
+    largest = max((step.place.workers * step.place.cpus for step in steps), default=0)
+    return largest + serve.replicas[1] * serve.cpus + 1
+
+
+def prepare(environment: MutableMapping[str, str], home: Path) -> None:
+    """Settings that Ray reads, those already there kept, and its token: made by Ray it could be read by everybody."""
+    for name, value in SETTINGS.items():
+        environment.setdefault(name, value)
+    if environment.get("RAY_AUTH_TOKEN") or environment.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    token = home / ".ray" / "auth_token"
+    token.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="ascii") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        token.chmod(0o600)
+
+
+@contextmanager
+def ray_running(address: str | None, cpus: int, *, dashboard: bool = True) -> Iterator[None]:
+    """Connects to the cluster at `address`, or starts a local one with `cpus` tickets and ends it. After `prepare`.
+
+    dashboard: of the local one; it costs three seconds and 250 MB.
+    """
+    import ray
+
+    if address:
+        ray.init(address=address, logging_level="ERROR")
+    else:
+        ray.init(
+            num_cpus=cpus,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=dashboard,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()

@@ -1,0 +1,48 @@
+"""The HTTP service behind Ray Serve: everything of web.py over replicas that may die."""
+
+from collections.abc import AsyncGenerator
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle
+
+from nanochat.engine.sampler import SampleParams
+from nanochat.engine.sequence import Output
+from nanochat.files import Files
+from nanochat.tokenizer import Vocabulary
+from pipelines.service.protocol import ReplicaLostError
+from pipelines.service.web import Card, make_app
+
+
+class Replicas:
+    """A Backend: hands each request to one of the replicas."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle.options(stream=True)
+
+    async def generate(self, tokens: list[int], params: SampleParams) -> AsyncGenerator[Output, None]:
+        """As Backend.generate."""
+        response = self._handle.generate.remote(tokens, params)
+        try:
+            async for output in response:
+                yield output
+        except RayTaskError as error:  # what the replica's own code raised
+            raise error.cause from error
+        except (RayError, RayServeException) as error:
+            raise ReplicaLostError(type(error).__name__) from error
+        finally:
+            response.cancel()  # nothing happens if it has ended
+
+
+@serve.ingress()
+class Gateway:
+    """One HTTP front; holds the vocabulary, so replicas see tokens only."""
+
+    def __init__(self, replica: DeploymentHandle, files: Files, card: Card) -> None:
+        self._backend, self._files, self._card = Replicas(replica), files, card
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve, which has this name for it, where the gateway runs."""
+        return make_app(self._backend, Vocabulary.load(self._files), self._card)

@@ -1,0 +1,70 @@
+"""The command line as a user types it: `nanochat`, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).parent.parent
+FILE = ROOT / "pipelines" / "speedrun.yaml"
+BIN = Path(sys.executable).parent
+
+# A life of seconds: for tests that look at what happens, not at how good the model gets.
+TINY = {
+    "base.model": "{depth: 2, head_dim: 32, aspect: 32, context: 128}",
+    "base.tokens": "400_000",
+    "base.batch_tokens": "4096",
+    "chat.batch_tokens": "4096",
+    "chat.epochs": "0.1",
+    "chat_report.examples": "8",
+    "vocabulary.size": "512",
+    "vocabulary.max_bytes": "1_000_000",
+}
+
+
+def environment(home: Path) -> dict[str, str]:
+    """The tests' own environment with another home, so that no test sees a user's store."""
+    return {
+        **os.environ,
+        "HOME": str(home),
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "VIRTUAL_ENV": str(BIN.parent),
+    }
+
+
+def arguments(verb: str, sets: dict[str, str], *more: str) -> list[str]:
+    """`nanochat VERB pipelines/speedrun.yaml --profile laptop --set ...`."""
+    pairs = [word for path, value in sets.items() for word in ("--set", f"{path}={value}")]
+    return [str(BIN / "nanochat"), verb, str(FILE), "--profile", "laptop", *pairs, *more]
+
+
+def nanochat(
+    home: Path, verb: str, sets: dict[str, str], *more: str, timeout: float = 900
+) -> subprocess.CompletedProcess[str]:
+    """Runs a verb to its end."""
+    return subprocess.run(
+        arguments(verb, sets, *more), env=environment(home), cwd=home, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def plan(home: Path, sets: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The steps of `plan --json`, by name."""
+    done = nanochat(home, "plan", sets, "--json")
+    assert done.returncode == 0, done.stderr
+    return {step["name"]: step for step in json.loads(done.stdout)["steps"]}
+
+
+def left_over(home: Path) -> list[str]:
+    """Command lines of living processes that were started with this home."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue
+    return found

@@ -1,0 +1,88 @@
+"""What each process of test_parallel.py runs: the same training on one, two, three or four ranks.
+
+A module of its own, because spawned processes import it.
+"""
+
+import datetime
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from nanochat.config import OptimConfig
+from nanochat.data import Batch
+from nanochat.model import GPT
+from nanochat.optim import build_optimizer
+from nanochat.parallel import copy_from_first, sum_ranks
+from nanochat.train import TrainPlan, train
+from tests.nanochat.sizes import VOCAB, small
+
+CONTEXT = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training. Its rows are split over `world` ranks, each taking `micro` rows at a time."""
+
+    name: str
+    world: int
+    rows: int  # of a global batch
+    micro: int
+    chat: bool = False  # most targets are masked, unevenly, and rows have segments
+    steps: int = 10
+
+
+def loader(case: Case, rank: int) -> Callable[[int], tuple[list[Batch], int]]:
+    """This rank's contiguous share of random rows, as even as can be; some ranks may get none."""
+
+    def step(number: int) -> tuple[list[Batch], int]:
+        draw = torch.Generator().manual_seed(number)
+        tokens = torch.randint(VOCAB, (case.rows, CONTEXT), generator=draw)
+        targets = torch.randint(VOCAB, (case.rows, CONTEXT), generator=draw)
+        segments = None
+        if case.chat:
+            targets[0, 5:] = -1  # 5 targets in the first row, 60 in the second, all in the others
+            targets[1, :68] = -1
+            segments = (torch.arange(CONTEXT) // 50 + 1).expand(case.rows, -1).int()
+        begin, end = rank * case.rows // case.world, (rank + 1) * case.rows // case.world
+        batches = [
+            Batch(tokens[a:b], targets[a:b], None if segments is None else segments[a:b])
+            for a, b in ((a, min(a + case.micro, end)) for a in range(begin, end, case.micro))
+        ]
+        return batches, int((targets >= 0).sum())
+
+    return step
+
+
+def run(rank: int, cases: list[Case], folder: Path) -> None:
+    """Every case that has a place for this rank; losses and weights go to <folder>/<name>-<rank>.safetensors."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    for case in cases:
+        if rank < case.world:
+            run_case(rank, case, folder)
+
+
+def run_case(rank: int, case: Case, folder: Path) -> None:
+    alone = case.world == 1
+    if not alone:
+        meeting = (folder / f"{case.name}.meeting").as_uri()
+        dist.init_process_group(
+            "gloo", init_method=meeting, rank=rank, world_size=case.world, timeout=datetime.timedelta(seconds=60)
+        )
+    optim = OptimConfig(matrix_lr=0.01, embed_lr=0.02, warmdown=0.5)
+    model = GPT(small(2, context=CONTEXT), VOCAB).reset(1 if rank == 0 else 99)
+    if not alone:
+        copy_from_first(list(model.parameters()))
+    optimizer = build_optimizer(model, optim, "fp32")
+    plan = TrainPlan(steps=case.steps, batch_tokens=case.rows * CONTEXT, optim=optim)
+    done = list(train(model, optimizer, loader(case, rank), plan, reduce=None if alone else sum_ranks))
+    result = {name: weight.detach() for name, weight in model.named_parameters()}
+    result["losses"] = torch.tensor([step.loss for step in done], dtype=torch.float64)
+    save_file(result, folder / f"{case.name}-{rank}.safetensors")
+    if not alone:
+        dist.destroy_process_group()

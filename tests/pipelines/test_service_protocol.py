@@ -1,0 +1,171 @@
+"""What a request may say: each refusal is OpenAI's 400 with the parameter at fault, and nothing is ignored."""
+
+import json
+from typing import Any
+
+import pytest
+
+from pipelines.service.protocol import NEUTRAL, ApiError, Limits, parse
+
+LIMITS = Limits("tiny-chat", 64, 0.8)
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def body(**more: Any) -> bytes:
+    return json.dumps({"model": "tiny-chat", "messages": HELLO, **more}).encode()
+
+
+def refusal(data: bytes) -> tuple[int, Any, Any, str]:
+    with pytest.raises(ApiError) as caught:
+        parse(data, LIMITS)
+    error = caught.value.body["error"]
+    assert error["type"] == "invalid_request_error"
+    return caught.value.status, error["param"], error["code"], error["message"]
+
+
+def test_the_defaults_are_the_services() -> None:
+    ask = parse(body(), LIMITS)
+    assert ask.messages == HELLO
+    assert (ask.params.max_tokens, ask.params.temperature, ask.params.seed) == (64, 0.8, None)
+    assert (ask.stop, ask.stream, ask.include_usage) == ((), False, False)
+
+
+def test_every_setting_arrives() -> None:
+    ask = parse(
+        body(temperature=0, top_p=0.5, top_k=7, seed=-1, max_tokens=3, stop=["a", "b"], stream=True,
+             stream_options={"include_usage": True}),
+        LIMITS,
+    )  # fmt: skip
+    params = ask.params
+    assert (params.temperature, params.top_p, params.top_k, params.seed) == (0, 0.5, 7, 2**64 - 1)
+    assert (params.max_tokens, ask.stop, ask.stream, ask.include_usage) == (3, ("a", "b"), True, True)
+    assert parse(body(max_completion_tokens=5), LIMITS).params.max_tokens == 5
+    assert parse(body(stop="x"), LIMITS).stop == ("x",)
+
+
+def test_null_means_not_given() -> None:
+    names = ["temperature", "top_p", "top_k", "seed", "max_tokens", "stop", "stream", "stream_options", *NEUTRAL]
+    assert parse(body(**dict.fromkeys(names)), LIMITS) == parse(body(), LIMITS)
+
+
+def test_what_asks_for_nothing_is_accepted() -> None:
+    plain = parse(body(), LIMITS)
+    for name, values in NEUTRAL.items():
+        for value in values:
+            assert parse(body(**{name: value}), LIMITS) == plain
+    assert parse(body(user="me", frequency_penalty=0.0), LIMITS) == plain
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "required"),
+        ("functions", [{}]),
+        ("response_format", {"type": "json_object"}),
+        ("n", 2),
+        ("n", True),
+        ("logprobs", True),
+        ("logprobs", 0),
+        ("top_logprobs", 3),
+        ("presence_penalty", 0.5),
+        ("frequency_penalty", -1),
+        ("logit_bias", {"5": 1}),
+        ("store", True),
+        ("reasoning_effort", "high"),
+    ],
+)
+def test_what_is_not_supported_is_refused(name: str, value: Any) -> None:
+    assert refusal(body(**{name: value}))[:3] == (400, name, "unsupported_parameter")
+
+
+def test_an_unknown_parameter_is_refused() -> None:
+    assert refusal(body(temprature=1))[:3] == (400, "temprature", "unknown_parameter")
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"),
+    [
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": 0}, "top_k"),
+        ({"seed": 2**64}, "seed"),
+        ({"seed": -(2**63) - 1}, "seed"),
+        ({"seed": 1.5}, "seed"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 65}, "max_tokens"),
+        ({"max_completion_tokens": 10**100}, "max_completion_tokens"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens"),
+        ({"max_tokens": 1, "max_completion_tokens": 1}, "max_tokens"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": [1]}, "stop"),
+        ({"stop": "x" * 257}, "stop"),
+        ({"stop": {}}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"what": True}}, "stream_options"),
+        ({"stream": True, "stream_options": []}, "stream_options"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings: dict[str, Any], param: str) -> None:
+    status, named, _, message = refusal(body(**settings))
+    assert (status, named) == (400, param)
+    assert param in message
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        None,
+        [],
+        "hello",
+        ["hello"],
+        [{"role": "user"}],
+        [{"role": "user", "content": 5}],
+        [{"role": "tool", "content": "x"}],
+        [{"role": "system", "content": "x"}],
+        [{"role": "assistant", "content": "x"}],
+        [*HELLO, {"role": "assistant", "content": "x"}],
+        [*HELLO, *HELLO],
+        [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+        [*HELLO, {"role": "assistant", "content": "x", "tool_calls": [{}]}, *HELLO],
+    ],
+)
+def test_what_is_no_chat_is_refused(messages: Any) -> None:
+    assert refusal(body(messages=messages))[:2] == (400, "messages")
+
+
+def test_text_parts_and_developer_messages_are_understood() -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    chat = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": parts, "name": "Ann"}]
+    assert parse(body(messages=chat), LIMITS).messages == [{"role": "system", "content": "Be kind."}, *HELLO]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b"", "not JSON"),
+        (b"{", "not JSON"),
+        (b"[]", "JSON object, not list"),
+        (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"seed": NaN}', "NaN is no number"),
+        (b'{"seed": -Infinity}', "Infinity is no number"),
+        (b'{"seed": ' + b"9" * 5_000 + b"}", "not JSON"),
+        (b'{"model": "\\ud800"}', "surrogate"),
+    ],
+)
+def test_a_broken_body_is_400(data: bytes, said: str) -> None:
+    status, _, _, message = refusal(data)
+    assert status == 400
+    assert said in message
+
+
+def test_another_model_is_404() -> None:
+    assert refusal(body(model="gpt-5"))[:3] == (404, "model", "model_not_found")
+    assert refusal(body(model=None))[:2] == (400, "model")
