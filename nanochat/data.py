@@ -178,6 +178,7 @@ class TokenLoader:
         order, ends = self._epoch(epoch)
         windows = order[group * GROUP : (group + 1) * GROUP]
         later = order[(group + 1) * GROUP : (group + 2) * GROUP] if group + 1 < len(ends) else self._epoch(epoch + 1)[0]
+        # Only to have them in memory in time; what goes wrong here goes wrong again, and is raised, where it is needed.
         self._far_ahead.submit(lambda: [self._window(window) for window in later[:GROUP].tolist()])
         sizes = [self._index.windows[window].rows for window in windows.tolist()]
         row = np.concatenate([np.arange(size) for size in sizes])
@@ -245,7 +246,7 @@ def heldout_batches(
 
     Batches are the same for any world; rank r gets the batches r, r + world, ...
     """
-    token_bytes = np.append(Vocabulary.load(files).token_bytes(), 0)  # the last is for target -1
+    token_bytes = np.append(Vocabulary.load(files).token_bytes(), np.int32(0))  # the last is for target -1
     number = 0
     for name in names:
         for group in range(len(read_lengths(files, name))):

@@ -217,7 +217,10 @@ def _report(asked: Asked) -> int:
         print(as_json(report_json(asked.steps, store)))
         return 0
     out = asked.args.out or Path(f"{loaded.pipeline.name}-{loaded.profile_name}.html")
-    print(write_report(loaded, asked.steps, store, out))
+    try:
+        print(write_report(loaded, asked.steps, store, out))
+    except OSError as error:
+        return _say(f"{out} cannot be written: {error.strerror}; choose another with --out PATH", WRONG)
     return 0
 
 

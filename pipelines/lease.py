@@ -54,9 +54,10 @@ class StageHeld(RuntimeError):  # noqa: N818  a state of the world, not a mistak
 
 def holder(work: Dir) -> Holder | None:
     """Who builds an artifact or was the last to try; None where nobody did. work: its work folder."""
-    for number in sorted(_numbers(work), reverse=True):
-        with suppress(FileNotFoundError), work.open(_name(number)) as file:  # its holder may just have handed it on
+    while numbers := _numbers(work):
+        with suppress(FileNotFoundError), work.open(_name(max(numbers))) as file:
             return Holder(**json.load(file))
+        # It was just taken over, so there is a newer one: look again.
     return None
 
 
@@ -107,12 +108,13 @@ class Lease:
         now = holder(self.work)
         if now is not None and not now.gone:
             self.tell(f"{now.who} seems to build it; watching whether it lives")
-            if self._lives(now):
-                if not self.wait:
-                    raise StageHeld(
-                        f"stage {self.me.stage} is being built by {now.who}{_far(now)}; "
-                        "wait for it with --wait, or end that run first"
-                    )
+            living = self._watch(now)
+            if living is not None and not self.wait:
+                raise StageHeld(
+                    f"stage {self.me.stage} is being built by {living.who}{_far(living)}; "
+                    "wait for it with --wait, or end that run first"
+                )
+            if living is not None:
                 return False
         number = now.number + 1 if now else 1
         self.me = replace(self.me, number=number)
@@ -123,17 +125,17 @@ class Lease:
                 self.work.delete(_name(old))
         return True
 
-    def _lives(self, before: Holder) -> bool:
-        """Watches a holder until its heartbeat moves, it lets go, or DEAD_S seconds are over."""
+    def _watch(self, before: Holder) -> Holder | None:
+        """Watches a holder until its heartbeat moves; None if it lets go, or when DEAD_S seconds are over."""
         end = time.monotonic() + DEAD_S
         while time.monotonic() < end:
             time.sleep(BEAT_S / 10)
             now = holder(self.work)
             if now is None or now.gone:
-                return False
+                return None
             if (now.number, now.beat) != (before.number, before.beat):
-                return True
-        return False
+                return now
+        return None
 
     def _beat(self) -> None:
         while not self._stop.wait(BEAT_S):

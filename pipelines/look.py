@@ -12,7 +12,6 @@ from pipelines.plan import Step, changes
 from pipelines.provenance import code_digest
 from pipelines.runner import SourceChanged, built
 
-
 OTHER_CODE = "made by other code than this; if what it makes has changed, raise `version` of its class in spec.py"
 
 

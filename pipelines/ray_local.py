@@ -2,6 +2,8 @@
 
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +51,7 @@ def ray_running(address: str | None, cpus: int, *, dashboard: bool = True) -> It
     """
     import ray
 
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if address:
         ray.init(address=address, logging_level="ERROR")
     else:
@@ -60,6 +63,9 @@ def ray_running(address: str | None, cpus: int, *, dashboard: bool = True) -> It
             log_to_driver=False,
             logging_level="ERROR",
         )
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():  # Ray's own print a trace for people who write Ray
+            signal.signal(number, handler)
     try:
         yield
     finally:

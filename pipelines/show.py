@@ -193,8 +193,9 @@ def _sentence(event: Event) -> str:
         return "begins"
     if event.manifest is None:
         return event.text
-    made = "" if event.what == "built" else f"made in {event.manifest.made['seconds']:,.0f} s"
-    return f"{made or 'built'}{_metrics(event.manifest)}"
+    if event.what == "built":
+        return f"built{f' ({event.text})' if event.text else _metrics(event.manifest)}"
+    return f"made in {event.manifest.made['seconds']:,.0f} s{_metrics(event.manifest)}"
 
 
 def _metrics(manifest: Manifest) -> str:

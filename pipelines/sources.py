@@ -17,6 +17,7 @@ from pipelines.formats import ENDINGS, read_rows
 from pipelines.outside import find, look, open_file
 
 __all__ = [
+    "EMBEDDED",
     "SourceDoc",
     "SourceError",
     "SourceFile",
@@ -28,7 +29,7 @@ __all__ = [
     "sizes",
 ]
 
-STDLIB, QUESTIONS = "python-stdlib", "python-stdlib-questions"
+STDLIB, QUESTIONS = EMBEDDED = "python-stdlib", "python-stdlib-questions"
 
 
 class AddressedFiles(Files, Protocol):

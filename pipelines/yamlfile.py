@@ -13,6 +13,7 @@ import yaml
 Loc = tuple[str | int, ...]
 Problem = tuple[Loc, str]  # where, and what is wrong there and how to mend it
 
+MOST_DEEP = 30  # a pipeline file has five levels
 TAG = "tag:yaml.org,2002:"
 PLAIN = {
     "null": r"^(~|null|Null|NULL|)$",
@@ -49,7 +50,13 @@ def read_yaml(text: str) -> Document:
     """Never raises: what is wrong is in `problems`, and `data` is None when nothing could be read."""
     document = Document()
     try:
+        depth = 0
         for number, event in enumerate(yaml.parse(text, Loader=Words)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MOST_DEEP:
+                document.lines[("", number)] = _line(event.start_mark)
+                document.problems.append((("", number), "not a pipeline file: nested too deeply"))
+                break
             if isinstance(event, yaml.AliasEvent) or getattr(event, "anchor", None):
                 document.lines[("", number)] = _line(event.start_mark)
                 document.problems.append((("", number), "anchors are not used here; write the value out"))
@@ -62,8 +69,6 @@ def read_yaml(text: str) -> Document:
         document.problems.append((("",), f"not YAML: {said}"))
     except yaml.YAMLError as error:
         document.problems.append((("",), f"not YAML: {' '.join(str(error).split())}"))
-    except RecursionError:
-        document.problems.append((("",), "not a pipeline file: nested too deeply"))
     return document
 
 

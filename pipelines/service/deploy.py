@@ -115,6 +115,7 @@ def _application(bundle: Bundle, capacity: Capacity, logs: Any) -> Any:
     options: dict[str, Any] = {
         "ray_actor_options": actor,
         "max_constructor_retry_count": 1,
+        "health_check_period_s": 2,  # a replica that is gone is missed after this long
         "max_ongoing_requests": 4 * capacity.max_batch,  # the engine queues what does not run yet
         **DRAIN,
         "logging_config": logs,
@@ -204,8 +205,8 @@ def _why(error: RuntimeError) -> str:
     from ray import serve as ray_serve
 
     application = ray_serve.status().applications.get(APP)
-    deployments = application.deployments.values() if application else []
-    said = [
-        deployment.message for deployment in deployments if deployment.status.name.endswith(("FAILED", "UNHEALTHY"))
-    ]
-    return (said or [str(error)])[0].strip().splitlines()[-1].strip()
+    said = str(error)
+    for deployment in application.deployments.values() if application else []:
+        if deployment.status.name.endswith(("FAILED", "UNHEALTHY")):
+            said = deployment.message
+    return said.strip().splitlines()[-1].strip()

@@ -279,7 +279,7 @@ class _Events(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._events.aclose()
+            await self._events.aclose()  # starlette leaves that to the garbage collector
 
 
 async def _events(

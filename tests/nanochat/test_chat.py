@@ -1,15 +1,17 @@
 """Chats as tokens: the layout written out by hand, with a vocabulary of one token a byte."""
 
+from typing import ClassVar
+
 import pytest
 
 from nanochat.chat import check_messages, render_chat, render_prompt
 
-NAMES = "bos user_start user_end assistant_start assistant_end".split()
+NAMES = ["bos", "user_start", "user_end", "assistant_start", "assistant_end"]
 BOS, USER, USER_END, ASSISTANT, ASSISTANT_END = range(1000, 1005)
 
 
 class Bytes:
-    special = {f"<|{name}|>": 1000 + number for number, name in enumerate(NAMES)}
+    special: ClassVar = {f"<|{name}|>": 1000 + number for number, name in enumerate(NAMES)}
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from nanochat.chat import render_chat, render_prompt
 from nanochat.huggingface import CHAT_TEMPLATE, huggingface_files, merges
-from nanochat.tokenizer import SPECIAL, Vocabulary, train_vocabulary
+from nanochat.tokenizer import SPECIAL, SPLIT, Vocabulary, train_vocabulary
 from pipelines import stdlib
 
 EVERY = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
@@ -127,3 +127,13 @@ def test_the_chat_template_refuses_what_we_refuse(theirs, roles) -> None:
 def test_merges_are_every_split_of_every_token_into_two() -> None:
     ranks = {b"a": 0, b"b": 1, b"c": 2, b"ab": 3, b"bc": 4, b"abc": 5}
     assert merges(ranks) == [(b"a", b"b"), (b"b", b"c"), (b"a", b"bc"), (b"ab", b"c")]
+
+
+def test_a_token_that_no_merge_reaches_is_found_when_it_is_a_whole_piece(tmp_path) -> None:
+    """As in tiktoken, which looks a piece up before it merges."""
+    ranks = {bytes([byte]): byte for byte in range(256)} | {b"abc": 256}
+    vocab = Vocabulary(SPLIT, ranks, {name: 257 + n for n, name in enumerate(SPECIAL)})
+    for name, data in huggingface_files(vocab, 128).items():
+        (tmp_path / name).write_bytes(data)
+    same_ids(vocab, AutoTokenizer.from_pretrained(tmp_path), ["abc", "abcd", "abc abc"])
+    assert vocab.encode("abc") == [256]

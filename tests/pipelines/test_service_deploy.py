@@ -308,7 +308,8 @@ with ray_running(None, 2, dashboard=False):
         for stream, patience_s in ((True, 60), (False, 0.05)):
             before = replica.stats.remote().result()
             try:
-                with httpx.stream("POST", url + "/v1/chat/completions", json={**body, "stream": stream}, timeout=patience_s) as answer:
+                asked, path = {**body, "stream": stream}, url + "/v1/chat/completions"
+                with httpx.stream("POST", path, json=asked, timeout=patience_s) as answer:
                     next(answer.iter_text())
             except httpx.ReadTimeout:
                 pass

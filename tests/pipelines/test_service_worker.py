@@ -2,12 +2,14 @@
 
 import asyncio
 import random
+import time
 from contextlib import aclosing
 
 import pytest
 
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampler import SampleParams
+from nanochat.engine.sequence import Output
 from pipelines.service.protocol import ReplicaLostError
 from pipelines.service.worker import Worker
 from tests.reference.generate import generate
@@ -39,8 +41,16 @@ def test_many_callers_get_what_each_would_get_alone() -> None:
     worker.close()
 
 
+class Slow(Engine):
+    """An engine that cannot finish a long reply before its caller has left."""
+
+    def step(self) -> list[Output]:
+        time.sleep(0.02)
+        return super().step()
+
+
 def test_a_caller_that_leaves_frees_its_place() -> None:
-    worker = Worker(Engine(tiny_model(), max_batch=1))
+    worker = Worker(Slow(tiny_model(), max_batch=1))
 
     async def leave_and_ask() -> tuple[list[int], list[int]]:
         async with aclosing(worker.generate([1], SampleParams(100, seed=1))) as outputs:
@@ -50,6 +60,7 @@ def test_a_caller_that_leaves_frees_its_place() -> None:
         waiting.cancel()
         reply = await whole(worker, [3], SampleParams(5, seed=1))
         await idle(worker)
+        assert worker.stats().new_tokens < 50, "it went on though its caller had left"  # of 205
         return reply, generate(tiny_model(), [3], SampleParams(5, seed=1))
 
     reply, expected = asyncio.run(leave_and_ask())

@@ -124,6 +124,7 @@ def test_listing_is_sorted_and_relative_to_the_pipeline_file(tmp_path) -> None:
     assert names("?.jsonl") == ["a.jsonl", "b.jsonl"]
     assert names("[!a].jsonl") == ["b.jsonl"]
     assert names("**/*.jsonl") == ["[x].jsonl", "a.jsonl", "b.jsonl", "deep/c.jsonl", "deep/er/d.jsonl"]
+    assert names("*/*.jsonl") == ["deep/c.jsonl"]
     assert names("deep/*.jsonl") == ["deep/c.jsonl"]
     assert names("deep/../a.txt") == ["a.txt"]
     file = one(tmp_path / "a.txt")

@@ -1,0 +1,31 @@
+"""What tests of several folders share: one whole life, built once."""
+
+import subprocess
+import time
+from typing import Any
+
+import pytest
+
+from tests.commands import BIN, ROOT, environment, left_over
+
+
+@pytest.fixture(scope="session")
+def life(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A home in which `make quickstart ONCE=1` ran, and what it printed."""
+    home = tmp_path_factory.mktemp("life")
+    clone = home / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    began = time.monotonic()
+    done = subprocess.run(
+        ["make", "quickstart", "ONCE=1", f"VENV={BIN.parent}"],
+        cwd=clone,
+        env=environment(home),
+        capture_output=True,
+        text=True,
+        timeout=2400,
+    )
+    seconds = time.monotonic() - began
+    print(done.stdout, done.stderr, f"quickstart took {seconds:.0f} s", sep="\n")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert left_over(home) == []
+    return {"home": home, "clone": clone, "said": done.stdout, "errors": done.stderr, "seconds": seconds}
