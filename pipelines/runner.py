@@ -61,7 +61,6 @@ class Job:
     inputs: dict[str, Dir]  # field -> the files of a built artifact
     out: Dir  # empty; what is here when the stage returns is the artifact
     work: Dir  # kept when the stage fails, so that the next try can resume
-    shelf: Dir  # documents that no file holds, shared by all stages and pipelines of the store
     base: Path  # the folder of the pipeline file: relative paths begin there
     say: Callable[[Progress], None]  # from any thread
     should_stop: Callable[[], bool]  # true once another run has taken this stage over
@@ -243,7 +242,6 @@ class _Maker:
             inputs={f: store.dir(done[name].address, done[name].data) for f, name in step.inputs.items()},
             out=out,
             work=work,
-            shelf=store.dir("sources", "python"),
             base=options.base,
             say=self._say,
             should_stop=self.lease.lost,

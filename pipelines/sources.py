@@ -17,7 +17,6 @@ from pipelines.formats import ENDINGS, read_rows
 from pipelines.outside import find, look, open_file
 
 __all__ = [
-    "EMBEDDED",
     "SourceDoc",
     "SourceError",
     "SourceFile",
@@ -29,7 +28,7 @@ __all__ = [
     "sizes",
 ]
 
-STDLIB, QUESTIONS = EMBEDDED = "python-stdlib", "python-stdlib-questions"
+STDLIB, QUESTIONS = "python-stdlib", "python-stdlib-questions"
 
 
 class AddressedFiles(Files, Protocol):

@@ -14,8 +14,8 @@ import torch
 from moto.server import ThreadedMotoServer
 
 from nanochat.attention import Rows
-from nanochat.checkpoint import load_model
 from nanochat.chat import render_prompt
+from nanochat.checkpoint import load_model
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampler import SampleParams
 from nanochat.files import Folder

@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text()
 BLOCK = re.compile(
     r"(<!-- not run: (?P<reason>[^>]+) -->\n)?```(?P<kind>bash|python|yaml)\n(?P<code>.*?)```", re.DOTALL
 )
-BLOCKS = [m for m in BLOCK.finditer(README)]
+BLOCKS = list(BLOCK.finditer(README))
 # The fixture `life` has run the one; the other runs this file.
 ELSEWHERE = {"make quickstart\n", "make test\n"}
 

@@ -15,10 +15,10 @@ import torch
 
 from nanochat import checkpoint
 from nanochat.data import heldout_batches
-from nanochat.engine.engine import Engine
-from nanochat.engine.sampler import SampleParams
+from nanochat.eval.answer import greedy_answers
 from nanochat.eval.bits import bits_per_byte, sum_nats
-from nanochat.shards import read_documents
+from nanochat.model import GPT
+from nanochat.shards import Doc, read_documents
 from nanochat.tokenizer import Vocabulary
 from pipelines.artifacts import Dir
 from pipelines.runner import Job, Progress
@@ -72,50 +72,43 @@ def _part(spec: Evaluate, model_dir: Dir, data: Dir, place: Place, rank: int) ->
     names = data.list("heldout-")
     rows = heldout_batches(data, names, model.config.context, place.micro_batch, rank, place.workers)
     nats, text_bytes = sum_nats(model, rows)
-    documents = [d for number, d in enumerate(read_documents(data, names)) if number % place.workers == rank]
-    chats = bool(documents) and documents[0].mask is not None
-    texts = [] if chats else [vocabulary.decode_bytes(d.tokens[1:]) for d in documents]
+    documents = list(read_documents(data, names))
+    chats = documents[0].mask is not None
+    texts = [] if chats else [vocabulary.decode_bytes(d.tokens[1:]) for d in documents[rank :: place.workers]]
     return Part(
         nats=nats,
         text_bytes=text_bytes,
         gzip_bytes=sum(len(gzip.compress(t, 9)) for t in texts),
         xz_bytes=sum(len(lzma.compress(t, preset=9)) for t in texts),
         plain_bytes=sum(map(len, texts)),
-        answers=_answers(spec, model, vocabulary, data, place, rank) if chats else [],
+        answers=_answers(spec, model, vocabulary, documents, (rank, place.workers)) if chats else [],
     )
 
 
 def _answers(
-    spec: Evaluate, model: Any, vocabulary: Vocabulary, data: Dir, place: Place, rank: int
+    spec: Evaluate, model: GPT, vocabulary: Vocabulary, documents: list[Doc], share: tuple[int, int]
 ) -> list[dict[str, Any]]:
-    """Greedy answers to this worker's share of `spec.examples` questions, spread evenly over the held-out ones."""
-    documents = list(read_documents(data, data.list("heldout-")))
-    picked = np.unique(np.linspace(0, len(documents) - 1, spec.examples).astype(int))[rank :: place.workers]
+    """Answers to this worker's part of `spec.examples` questions, spread evenly over the held-out chats.
+
+    share: rank and number of workers. The last turn of a chat is asked; those that leave no room for it are not.
+    """
     begin, end = vocabulary.special["<|assistant_start|>"], vocabulary.special["<|assistant_end|>"]
-    engine = Engine(model, max_batch=8, kv_tokens=8 * model.config.context)
-    asked: dict[int, dict[str, Any]] = {}
-    for number in picked.tolist():
-        tokens = [int(t) for t in documents[number].tokens]
-        turn = len(tokens) - tokens[::-1].index(begin)
-        if turn + spec.max_reply_tokens > model.config.context:
-            continue  # no room for the answer
-        request = engine.add(
-            tokens[:turn], SampleParams(max_tokens=spec.max_reply_tokens, temperature=0.0, stop=(end,))
+    picked = np.unique(np.linspace(0, len(documents) - 1, spec.examples).astype(int))
+    chats = [(int(number), [int(t) for t in documents[number].tokens]) for number in picked[share[0] :: share[1]]]
+    turns = [(number, tokens, len(tokens) - tokens[::-1].index(begin)) for number, tokens in chats]
+    asked = [turn for turn in turns if turn[2] + spec.max_reply_tokens <= model.config.context]
+    said = greedy_answers(model, [tokens[:turn] for _, tokens, turn in asked], spec.max_reply_tokens, end)
+    answers = []
+    for (number, tokens, turn), reply in zip(asked, said, strict=True):
+        wanted = [t for t in tokens[turn:] if t != end]
+        answers.append(
+            {
+                "number": number,
+                "name": documents[number].name,
+                "question": vocabulary.decode([t for t in tokens[:turn] if t not in vocabulary.special.values()]),
+                "wanted": vocabulary.decode(wanted),
+                "said": vocabulary.decode(reply),
+                "right": reply == wanted,
+            }
         )
-        asked[request] = {
-            "number": number,
-            "name": documents[number].name,
-            "question": vocabulary.decode(tokens[1:turn]),
-            "wanted": vocabulary.decode([t for t in tokens[turn:] if t != end]),
-            "tokens": [],
-        }
-    open_requests = set(asked)
-    while open_requests:
-        for output in engine.step():
-            asked[output.id]["tokens"] += output.tokens
-            if output.finish is not None:
-                open_requests.discard(output.id)
-    for answer in asked.values():
-        answer["said"] = vocabulary.decode([t for t in answer.pop("tokens") if t != end])
-        answer["right"] = answer["said"] == answer["wanted"]
-    return list(asked.values())
+    return answers

@@ -64,7 +64,8 @@ def run(spec: Tokenize, job: Job) -> dict[str, float]:
         for name in ("tokens", "heldout_tokens", "text_bytes"):
             totals[name] = totals.get(name, 0) + row[name]
         job.say(Progress(done=done, total=len(shards), unit="shard", numbers={}))
-    totals["bytes_per_token"] = totals["text_bytes"] / (totals["tokens"] + totals["heldout_tokens"])
+    if spec.format == "text":  # of a chat, only what the assistant says is counted in bytes
+        totals["bytes_per_token"] = totals["text_bytes"] / (totals["tokens"] + totals["heldout_tokens"])
     return totals
 
 

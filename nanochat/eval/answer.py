@@ -1,0 +1,25 @@
+"""Greedy answers to questions, for scores that compare them with what was wanted."""
+
+from collections.abc import Sequence
+
+from nanochat.engine.engine import Engine
+from nanochat.engine.sampler import SampleParams
+from nanochat.model import GPT
+
+BATCH = 8  # questions answered together
+
+
+def greedy_answers(model: GPT, prompts: Sequence[list[int]], most: int, stop: int) -> list[list[int]]:
+    """The tokens of each answer, without the `stop` token that ended it; at most `most` of each.
+
+    ValueError for a prompt that leaves no room for a token (Engine.add).
+    """
+    engine = Engine(model, max_batch=BATCH, kv_tokens=BATCH * model.config.context)
+    params = SampleParams(max_tokens=most, temperature=0.0, stop=(stop,))
+    answers: dict[int, list[int]] = {engine.add(prompt, params): [] for prompt in prompts}
+    left = len(answers)
+    while left:
+        for output in engine.step():
+            answers[output.id] += [token for token in output.tokens if token != stop]
+            left -= output.finish is not None
+    return list(answers.values())
