@@ -28,7 +28,10 @@ class Keys(Protocol):
         """New keys and values (B, K, T, D) of a layer -> all of them so far, (B, K, S, D)."""
 
     def mask(self, tokens: int, device: torch.device) -> Tensor | None:
-        """Which keys each of the new tokens sees, broadcastable to (B, H, T, S); None: those up to itself, T = S."""
+        """Which keys each of the new tokens sees, broadcastable to (B, H, T, S).
+
+        None: those up to itself, where T = S; all of them, where there is one new token.
+        """
 
     def advance(self, tokens: int) -> None:
         """Every layer has seen these new tokens."""
@@ -89,7 +92,7 @@ class Cache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def mask(self, tokens: int, device: torch.device) -> Tensor | None:
-        if self.length == 0:
+        if self.length == 0 or tokens == 1:
             return None
         seen = torch.ones(tokens, self.length + tokens, dtype=torch.bool, device=device)
         return seen.tril_(self.length)  # (T, S)
@@ -109,15 +112,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, keys: Keys, layer: int) -> Tensor:
     tokens = q.shape[1]
     all_k, all_v = keys.extend(k.transpose(1, 2), v.transpose(1, 2), layer)
     mask = keys.mask(tokens, q.device)
-    if mask is None and q.requires_grad and q.device.type == "cpu" and tokens <= SHORT:
+    if mask is None and q.requires_grad and q.device.type == "cpu" and tokens == all_k.shape[2] <= SHORT:
         return _ShortRows.apply(q, all_k, all_v)  # type: ignore[no-untyped-call, no-any-return]
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # Flash attention takes no mask and no fp32, and torch's other CUDA kernel no shared key heads: left as they
+        # are, torch would keep B * H * T * S scores of every layer for the backward pass.
+        group = q.shape[2] // k.shape[2]
+        all_k, all_v = all_k.repeat_interleave(group, dim=1), all_v.repeat_interleave(group, dim=1)
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         all_k,
         all_v,
         attn_mask=mask,
         is_causal=mask is None and tokens > 1,
-        enable_gqa=q.shape[2] != k.shape[2],
+        enable_gqa=q.shape[2] != all_k.shape[1],
     )
     return y.transpose(1, 2)
 

@@ -167,7 +167,8 @@ class GPT(nn.Module):
 
     def _angles(self, start: int, end: int, device: torch.device) -> tuple[Tensor, Tensor]:
         if self._cos.device != device:
-            self._cos, self._sin = self._cos.to(device), self._sin.to(device)
+            with torch.inference_mode(False):  # else a model that answered first could not be trained any more
+                self._cos, self._sin = self._cos.to(device), self._sin.to(device)
         return self._cos[start:end].to(self.dtype), self._sin[start:end].to(self.dtype)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from pipelines.artifacts import BrokenArtifactError, LocalStore, Store, StoreError, open_store
@@ -110,6 +111,9 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--yes", action="store_true", help="and delete it")
     sub = verb("chat", _chat, "talk to a running service in the terminal")
     sub.add_argument("url", nargs="?", default="http://127.0.0.1:8000", metavar="URL")
+    sub = verb("bench", _bench, "measure this machine; `nanochat bench train --help` shows the options")
+    sub.add_argument("what", choices=("train", "decode"))
+    sub.add_argument("options", nargs=argparse.REMAINDER, help="of the benchmark, such as --json")
     return parser
 
 
@@ -207,6 +211,13 @@ def _chat(args: argparse.Namespace) -> int:
     from pipelines.service.chat import chat
 
     return chat(args.url)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    made = made_by()
+    commit = f"{made['commit']}{'-dirty' if made['dirty'] else ''}"
+    given = [] if made["commit"] is None else ["--commit", commit]
+    return int(import_module(f"nanochat.bench.{args.what}").main([*given, *args.options]))
 
 
 def _report(asked: Asked) -> int:

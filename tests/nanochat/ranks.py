@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -34,6 +35,7 @@ class Case:
     micro: int
     chat: bool = False  # most targets are masked, unevenly, and rows have segments
     steps: int = 10
+    device: Literal["cpu", "cuda"] = "cpu"  # cuda: one GPU a rank, and NCCL
 
 
 def loader(case: Case, rank: int) -> Callable[[int], tuple[list[Batch], int]]:
@@ -69,19 +71,26 @@ def run(rank: int, cases: list[Case], folder: Path) -> None:
 
 def run_case(rank: int, case: Case, folder: Path) -> None:
     alone = case.world == 1
+    if case.device == "cuda":
+        torch.cuda.set_device(rank)
+        torch.use_deterministic_algorithms(True)
     if not alone:
         meeting = (folder / f"{case.name}.meeting").as_uri()
         dist.init_process_group(
-            "gloo", init_method=meeting, rank=rank, world_size=case.world, timeout=datetime.timedelta(seconds=60)
+            "nccl" if case.device == "cuda" else "gloo",
+            init_method=meeting,
+            rank=rank,
+            world_size=case.world,
+            timeout=datetime.timedelta(seconds=60),
         )
     optim = OptimConfig(matrix_lr=0.01, embed_lr=0.02, warmdown=0.5)
-    model = GPT(small(2, context=CONTEXT), VOCAB).reset(1 if rank == 0 else 99)
+    model = GPT(small(2, context=CONTEXT), VOCAB).reset(1 if rank == 0 else 99).to(case.device)
     if not alone:
         copy_from_first(list(model.parameters()))
     optimizer = build_optimizer(model, optim, "fp32")
     plan = TrainPlan(steps=case.steps, batch_tokens=case.rows * CONTEXT, optim=optim)
     done = list(train(model, optimizer, loader(case, rank), plan, reduce=None if alone else sum_ranks))
-    result = {name: weight.detach() for name, weight in model.named_parameters()}
+    result = {name: weight.detach().cpu() for name, weight in model.named_parameters()}
     result["losses"] = torch.tensor([step.loss for step in done], dtype=torch.float64)
     save_file(result, folder / f"{case.name}-{rank}.safetensors")
     if not alone:

@@ -208,3 +208,11 @@ def test_nats_and_loss_and_logits_agree() -> None:
     torch.testing.assert_close(model.nats(hidden, targets), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.loss(hidden, targets), expected.sum(), rtol=1e-5, atol=0)
     assert not model.nats(hidden, targets).requires_grad
+
+
+def test_a_model_that_answered_first_can_be_trained() -> None:
+    """Its rotary table follows it to another device at the first forward, and must not be bound to inference there."""
+    model, tokens = filled(small(2)).to("meta"), some_tokens(2, 20).to("meta")
+    with torch.inference_mode():
+        model(tokens, Rows())
+    model.loss(model(tokens, Rows()), tokens).backward()
