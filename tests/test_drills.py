@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.drill, pytest.mark.ray]
 # Long enough to be killed in the middle, with a checkpoint every second.
 DRILL = {
     **TINY,
-    "base.tokens": "1_600_000",
+    "base.tokens": "480_000",
     "place.base.checkpoint_s": "1",
     "place.base.retries": "2",
     "place.base.cpus": "1",
