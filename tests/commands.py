@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -58,8 +59,18 @@ def plan(home: Path, sets: dict[str, str]) -> dict[str, dict[str, Any]]:
     return {step["name"]: step for step in json.loads(done.stdout)["steps"]}
 
 
-def left_over(home: Path) -> list[str]:
-    """Command lines of living processes that were started with this home."""
+def left_over(home: Path, patience: float = 10) -> list[str]:
+    """Command lines of the processes started with this home that still live after `patience` seconds.
+
+    Ray's own end a moment after the command that started them.
+    """
+    end = time.monotonic() + patience
+    while (found := _alive(home)) and time.monotonic() < end:
+        time.sleep(0.2)
+    return found
+
+
+def _alive(home: Path) -> list[str]:
     found = []
     for process in psutil.process_iter():
         try:
