@@ -16,7 +16,7 @@ quickstart: $(VENV)/.run ## text to a model that talks, on this machine (ONCE=1:
 	@$(BIN)/nanochat run $(FILE) --profile $(PROFILE)
 	@$(BIN)/nanochat report $(FILE) --profile $(PROFILE)
 	@$(BIN)/nanochat serve $(FILE) --profile $(PROFILE) $(if $(ONCE),--once) \
-		--ask "What does heapq.nsmallest do?" --ask "What is the Python module zipfile for?"
+		--ask "What arguments does math.sqrt take?" --ask "What is the Python module zipfile for?"
 
 fmt: $(VENV)/.dev ## format the code
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

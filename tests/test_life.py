@@ -67,7 +67,7 @@ def test_a_changed_chat_setting_rebuilds_chat_and_what_follows(life: dict[str, A
     steps = plan(life["home"], {"chat.epochs": "0.05", "chat_report.examples": "8"})
     states = {name: step["state"] for name, step in steps.items()}
     assert {n for n, s in states.items() if s == "missing"} == {"chat", "chat_report", "bundle"}
-    assert any("epochs 1.0 -> 0.05" in change for change in steps["chat"]["changes"]), steps["chat"]["changes"]
+    assert any("epochs 1.2 -> 0.05" in change for change in steps["chat"]["changes"]), steps["chat"]["changes"]
     done = nanochat(life["home"], "run", {"chat.epochs": "0.05", "chat_report.examples": "8"}, "--json")
     assert done.returncode == 0, done.stderr
     events = {row["stage"]: row["event"] for row in map(json.loads, done.stdout.splitlines())}

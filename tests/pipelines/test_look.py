@@ -32,7 +32,7 @@ def test_states_paths_and_named_changes(store: LocalStore) -> None:
     assert all(s.path and Path(s.path, "data.txt").exists() for s in after.values())
     changed = seen(store, steps_of(load(FILE, "laptop", ["chat.epochs=2", "dialogues.holdout=0.01"])))
     assert {n for n, s in changed.items() if s.state == "built"} == {"vocabulary", "corpus", "base", "base_report"}
-    assert changed["chat"].changes == ("input dialogues", "epochs 1.0 -> 2.0")
+    assert changed["chat"].changes == ("input dialogues", "epochs 1.2 -> 2.0")
     assert changed["bundle"].changes == ("input chat",)
     assert (changed["chat"].state, changed["chat"].why, changed["chat"].path) == ("missing", "changed", None)
 

@@ -62,7 +62,7 @@ def test_where_a_stage_runs_is_not_in_its_key() -> None:
         ("chat.epochs=2", {"chat", "chat_report", "bundle"}),
         ("bundle.dtype=fp32", {"bundle"}),
         ("base.optim.matrix_lr=2e-2", set()),
-        ("base.tokens=3200000.0", set()),
+        ("base.tokens=2400000.0", set()),
     ],
 )
 def test_a_setting_moves_the_keys_of_its_stage_and_of_what_follows(setting: str, moved: set[str]) -> None:
@@ -88,10 +88,10 @@ def named(sets: tuple[str, ...], name: str) -> list[str]:
 def test_a_change_is_named() -> None:
     assert named(("base.optim.matrix_lr=3e-2", "base.tokens=4_000_000"), "base") == [
         "optim.matrix_lr 0.02 -> 0.03",
-        "tokens 3200000 -> 4000000",
+        "tokens 2400000 -> 4000000",
     ]
     assert named(("corpus.revision=2",), "corpus") == ["revision unset -> 2"]
-    assert named(("dialogues.holdout=0.01", "chat.epochs=3"), "chat") == ["input dialogues", "epochs 1.0 -> 3.0"]
+    assert named(("dialogues.holdout=0.01", "chat.epochs=3"), "chat") == ["input dialogues", "epochs 1.2 -> 3.0"]
     assert named((), "base") == []
 
 

@@ -33,7 +33,7 @@ def test_second_run_builds_nothing_and_a_change_rebuilds_only_what_follows(eithe
     assert len(again) == 8
     assert all(w.endswith(" built") for w in words(again))
     assert entered == []  # no Ray where nothing is made
-    changed = load(edited(tmp_path, ("epochs: 1", "epochs: 2")), "laptop")
+    changed = load(edited(tmp_path, ("chat.epochs: 1.2", "chat.epochs: 2")), "laptop")
     made = [w for w in words(build(store, steps_of(changed))) if w.endswith(" made")]
     assert made == ["chat made", "chat_report made", "bundle made"]
 
