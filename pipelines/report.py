@@ -113,7 +113,7 @@ def _curves(built: dict[str, Built]) -> str | None:
     if not trained:
         return None
     text = io.StringIO()
-    curves(trained).savefig(text, format="svg", metadata={"Date": None})
+    curves(trained).savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     return text.getvalue().partition("<svg")[1] + text.getvalue().partition("<svg")[2]
 
 

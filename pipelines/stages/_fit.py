@@ -35,6 +35,7 @@ from pipelines.spec import Place
 
 STEPS = "steps.jsonl"  # one line a step, in the artifact
 SAY_EVERY_S = 0.25
+RAY_FILES = "ray-train"  # a folder beside work/ for what Ray Train writes for itself; of no use to us
 
 
 @dataclass(frozen=True)
@@ -85,14 +86,13 @@ def fit(job: Job, task: Fit) -> dict[str, float]:
             ),
             run_config=RunConfig(
                 name=uuid.uuid4().hex[:8],  # never the same twice: Ray must not resume by itself
-                storage_path=job.work.uri("ray-train"),
+                storage_path=job.work.store.dir(job.step.address, RAY_FILES).uri(),
                 failure_config=FailureConfig(max_failures=place.retries),
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
         trainer.fit()
-    for name in job.work.list("ray-train"):
-        job.work.delete(name)
+    job.work.store.remove(job.step.address, RAY_FILES)
     return _summary(job, task)
 
 

@@ -11,7 +11,7 @@ from transformers import NanoChatConfig, NanoChatForCausalLM
 from nanochat.attention import Cache, Rows, attend
 from nanochat.checkpoint import transformers_config
 from nanochat.flops import flops_per_token, matrix_parameters, parameters
-from nanochat.model import GPT, norm, rotary_table, rotate
+from nanochat.model import EPS, GPT, norm, rotary_table, rotate
 from tests.nanochat.sizes import VOCAB, filled, small, some_tokens
 from tests.reference import model as reference
 
@@ -216,3 +216,19 @@ def test_a_model_that_answered_first_can_be_trained() -> None:
     with torch.inference_mode():
         model(tokens, Rows())
     model.loss(model(tokens, Rows()), tokens).backward()
+
+
+def test_the_norm_for_training_has_the_value_and_gradient_of_torchs() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = (3 * torch.randn(4, 7, 48, generator=generator)).bfloat16()
+    d_y = torch.randn(4, 7, 48, generator=generator).bfloat16()
+    ours, exact = x.clone().requires_grad_(), x.double().requires_grad_()
+    y = norm(ours)
+    y.backward(d_y)
+    wanted = exact / (exact.square().mean(-1, keepdim=True) + EPS).sqrt()
+    wanted.backward(d_y.double())
+    assert ours.grad is not None
+    assert exact.grad is not None
+    # bf16 keeps 8 bits; y was rounded before backward uses it, so its gradient has two roundings
+    torch.testing.assert_close(y.double(), wanted, atol=0, rtol=2**-8)
+    torch.testing.assert_close(ours.grad.double(), exact.grad, atol=2**-7, rtol=2**-7)
