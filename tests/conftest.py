@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 
-from tests.commands import BIN, ROOT, environment, left_over
+from tests.commands import ROOT, environment, left_over
 
 
 @pytest.fixture(scope="session")
 def life(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A home in which `make quickstart ONCE=1` ran, and what it printed."""
+    """A home in which `make quickstart ONCE=1` ran in a fresh clone, installation included, and what it printed."""
     home = tmp_path_factory.mktemp("life")
     clone = home / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
     began = time.monotonic()
     done = subprocess.run(
-        ["make", "quickstart", "ONCE=1", f"VENV={BIN.parent}"],
+        ["make", "quickstart", "ONCE=1"],
         cwd=clone,
         env=environment(home),
         capture_output=True,

@@ -47,7 +47,8 @@ def test_the_model_is_better_than_compressors_and_answers(life: dict[str, Any]) 
     asked = [number for number, line in enumerate(lines) if line.startswith("> ")]
     assert len(asked) == 2
     assert all(lines[number + 1].strip() for number in asked), "an answer is empty"
-    assert life["errors"] == ""
+    noise = [line for line in life["errors"].splitlines() if not line.startswith(("WARNING: ", "[notice]"))]  # pip's
+    assert noise == []
 
 
 def test_the_report_is_one_page_with_curves_and_lineage(life: dict[str, Any]) -> None:
@@ -125,7 +126,7 @@ def test_token_ids_are_the_same_in_transformers(bundle: Path) -> None:
         assert tokenizer.encode(text, add_special_tokens=False) == vocabulary.encode(text)
 
 
-def test_the_life_on_s3(life: dict[str, Any], tmp_path: Path) -> None:
+def test_the_life_on_s3(tmp_path: Path) -> None:
     import boto3
 
     server = ThreadedMotoServer("127.0.0.1", 0)
