@@ -30,29 +30,13 @@ def test_blocks_that_are_not_run_say_why() -> None:
 
 @pytest.mark.life
 @pytest.mark.ray
-@pytest.mark.parametrize("code", run_here("bash"))
-def test_a_command_runs(life: dict[str, Any], code: str) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [["bash", "-euc", code] for code in run_here("bash")] + [["python", "-c", code] for code in run_here("python")],
+)
+def test_a_block_runs(life: dict[str, Any], command: list[str]) -> None:
     done = subprocess.run(
-        ["bash", "-euc", code],
-        cwd=life["clone"],
-        env=environment(life["home"]),
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.life
-@pytest.mark.parametrize("code", run_here("python"))
-def test_a_python_block_runs(life: dict[str, Any], code: str) -> None:
-    done = subprocess.run(
-        ["python", "-c", code],
-        cwd=life["clone"],
-        env=environment(life["home"]),
-        capture_output=True,
-        text=True,
-        timeout=300,
+        command, cwd=life["clone"], env=environment(life["home"]), capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

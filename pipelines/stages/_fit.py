@@ -27,7 +27,7 @@ from nanochat.data import Index, TokenLoader
 from nanochat.flops import parameters
 from nanochat.model import GPT
 from nanochat.optim import build_optimizer
-from nanochat.parallel import sum_ranks
+from nanochat.parallel import copy_from_first, sum_ranks
 from nanochat.train import StepDone, TrainPlan, train
 from pipelines.artifacts import Dir
 from pipelines.runner import Job, Progress
@@ -144,6 +144,8 @@ def _work(settings: dict[str, Any]) -> None:
     )
     start = checkpoint.newest(work) or 0
     history: list[dict[str, Any]] = checkpoint.restore(work, start, model, optimizer)["history"] if start else []
+    if world > 1:
+        copy_from_first(list(model.parameters()))  # one seed may draw other bits on another kind of processor
     plan = TrainPlan(steps=task.steps, batch_tokens=task.batch_tokens, optim=task.optim)
     saved = said = time.monotonic()
     for done in train(model, optimizer, loader.step, plan, start=start, reduce=sum_ranks if world > 1 else None):
