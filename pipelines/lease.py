@@ -62,13 +62,19 @@ def holder(work: Dir) -> Holder | None:
 
 
 class Lease:
-    """Held inside `with`. Raises StageHeld on entry when another run lives and `wait` is not set."""
+    """Held inside `with`. Raises StageHeld on entry when another run lives and `wait` is not set.
 
-    def __init__(self, work: Dir, me: Holder, *, wait: bool, tell: Callable[[str], None]) -> None:
+    when_lost: called once, by the thread of the heartbeat, as soon as `lost` is true.
+    """
+
+    def __init__(
+        self, work: Dir, me: Holder, *, wait: bool, tell: Callable[[str], None], when_lost: Callable[[], None]
+    ) -> None:
         self.work = work
         self.me = me
         self.wait = wait
         self.tell = tell
+        self.when_lost = when_lost
         self._stop = threading.Event()
         self._lock = threading.Lock()  # guards `me`
         self._beaten = time.monotonic()
@@ -143,14 +149,15 @@ class Lease:
                 self.me = replace(self.me, beat=self.me.beat + 1)
                 said = _bytes(self.me)
             try:
-                if max(_numbers(self.work), default=0) > self.me.number:
-                    self._lost = True
-                    return
-                self.work.put(_name(self.me.number), said)
+                self._lost = max(_numbers(self.work), default=0) > self.me.number
+                if not self._lost:
+                    self.work.put(_name(self.me.number), said)
+                    self._beaten = time.monotonic()
             except StoreError as error:
                 self.tell(f"the heartbeat could not be written, will try again: {error}")
-                continue
-            self._beaten = time.monotonic()
+            if self.lost():
+                self.when_lost()
+                return
 
 
 def _alive(pid: int) -> bool:

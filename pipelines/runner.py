@@ -20,7 +20,7 @@ from typing import Any, Literal
 from nanochat.files import File
 from pipelines.artifacts import MANIFEST, BrokenArtifactError, Dir, Manifest, Store, StoreError
 from pipelines.documents import SourceError, SourceFile, SourceFileChangedError
-from pipelines.lease import Holder, Lease
+from pipelines.lease import DEAD_S, Holder, Lease, StageHeld
 from pipelines.metrics import UNITS
 from pipelines.plan import Step
 from pipelines.provenance import code_digest
@@ -63,7 +63,6 @@ class Job:
     work: Dir  # kept when the stage fails, so that the next try can resume
     base: Path  # the folder of the pipeline file: relative paths begin there
     say: Callable[[Progress], None]  # from any thread
-    should_stop: Callable[[], bool]  # true once another run has taken this stage over
     sources: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # filled by `source`
 
     def source(self, name: str) -> list[SourceFile]:
@@ -210,15 +209,31 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 @contextmanager
 def _leased(step: Step, store: Store, options: Options, tell: Callable[[Event], None]) -> Iterator[Lease]:
+    """Holds the stage. If it is lost, what runs inside is interrupted as by Ctrl-C, and StageHeld says why."""
     me = Holder(pipeline=options.pipeline, stage=step.name, host=socket.gethostname(), pid=os.getpid())
+    here = threading.current_thread()
+
+    def interrupt() -> None:
+        if here is threading.main_thread():  # the only one that signals reach
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+
     lease = Lease(
         store.dir(step.address, "work"),
         me,
         wait=options.wait,
         tell=lambda text: tell(Event(step, "waiting", text=text)),
+        when_lost=interrupt,
     )
     with lease:
-        yield lease
+        try:
+            yield lease
+        except KeyboardInterrupt as error:
+            if not lease.lost():
+                raise
+            raise StageHeld(
+                f"stage {step.name} was taken over by another run, or its heartbeat could not be written for "
+                f"{DEAD_S:.0f} s; `nanochat status` shows who builds it"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -244,7 +259,6 @@ class _Maker:
             work=work,
             base=options.base,
             say=self._say,
-            should_stop=self.lease.lost,
         )
         started, clock = datetime.now(UTC), time.monotonic()
         metrics, files = self._call(target, job)

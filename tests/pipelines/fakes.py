@@ -1,7 +1,10 @@
 """Stages without torch or Ray, for tests of the pipeline layer. Named in STAGES as the real ones are."""
 
+import json
 import signal
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 
 from pipelines.artifacts import Store, StoreError
 from pipelines.documents import SourceFileChangedError
+from pipelines.lease import Holder
 from pipelines.load import Loaded, load
 from pipelines.plan import Step, plan
 from pipelines.runner import Event, Job, Options, Progress, StageFailed, run
@@ -99,6 +103,14 @@ def rival(spec: Any, job: Job) -> dict[str, float]:
     """While it works, another run commits the same artifact."""
     manifests = build(job.out.store, [job.step], sneak=True)
     assert manifests
+    return good(spec, job)
+
+
+def overtaken(spec: Any, job: Job) -> dict[str, float]:
+    """Another host takes the stage over, believing that this run is dead."""
+    newer = Holder(pipeline="speedrun", stage=job.step.name, host="elsewhere", pid=1, number=99)
+    job.work.put(".lease-00000099.json", json.dumps(asdict(newer)).encode())
+    time.sleep(60)
     return good(spec, job)
 
 

@@ -24,7 +24,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dir:
 
 def taken(work: Dir, host: str = HOST, pid: int | None = None, *, wait: bool = False) -> Lease:
     me = Holder(pipeline="speedrun", stage="base", host=host, pid=os.getpid() if pid is None else pid)
-    return Lease(work, me, wait=wait, tell=lambda _: None)
+    return Lease(work, me, wait=wait, tell=lambda _: None, when_lost=lambda: None)
 
 
 def dead_pid() -> int:
@@ -144,15 +144,17 @@ def test_one_who_was_taken_over_learns_it_and_does_not_write_again(work: Dir) ->
 
 def test_one_who_cannot_write_its_heartbeat_gives_up(work: Dir, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
+    lost: list[str] = []
     me = Holder(pipeline="speedrun", stage="base", host=HOST, pid=os.getpid())
 
     def refuse(*_: object) -> None:
         raise StoreError("the store is full")
 
-    held = Lease(work, me, wait=False, tell=said.append)
+    held = Lease(work, me, wait=False, tell=said.append, when_lost=lambda: lost.append("lost"))
     with held, monkeypatch.context() as patch:
         patch.setattr(LocalStore, "put", refuse)
         until(held.lost)
+        until(lambda: lost == ["lost"])
     assert "the heartbeat could not be written, will try again: the store is full" in said
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import lease
 from pipelines.artifacts import BrokenArtifactError, LocalStore, Store, StoreError
 from pipelines.documents import SourceError, SourceFile
-from pipelines.lease import holder
+from pipelines.lease import StageHeld, holder
 from pipelines.load import load
 from pipelines.runner import SourceChanged, StageFailed, causes
 from tests.pipelines.fakes import FILE, build, edited, fake_sources, steps_of, words
@@ -105,6 +106,16 @@ def test_ctrl_c_leaves_a_state_from_which_the_same_run_goes_on(store: LocalStore
         build(store, steps_of(only="vocabulary"), stage)
     assert signal.getsignal(signal.SIGINT) is before
     assert words(build(store, steps_of(only="vocabulary"))) == ["vocabulary made"]
+
+
+def test_a_run_whose_stage_was_taken_over_ends(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It could go on, and make the same; but its checkpoints would be pruned by two."""
+    monkeypatch.setattr(lease, "BEAT_S", 0.05)
+    [step] = steps_of(only="vocabulary")
+    with pytest.raises(StageHeld, match="stage vocabulary was taken over by another run"):
+        build(store, [step], "overtaken")
+    assert holder(store.dir(step.address, "work")).host == "elsewhere"  # type: ignore[union-attr]
+    assert store.state(step.address) != "built"
 
 
 @pytest.mark.parametrize(("stage", "said"), [("unlisted", "los"), ("infinite", "not finite"), ("nothing", "nothing")])
