@@ -1,5 +1,6 @@
 """What tests of several folders share: one whole life, built once."""
 
+import signal
 import subprocess
 import time
 from typing import Any
@@ -7,6 +8,13 @@ from typing import Any
 import pytest
 
 from tests.commands import ROOT, environment, left_over
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _programs_hear_ctrl_c() -> None:
+    """Programs of the tests inherit whether SIGINT is ignored, and a shell makes what it runs with `&` ignore it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
