@@ -7,6 +7,8 @@ A checkpoint lies in step-00000100/ and counts from the moment its manifest.json
 import hashlib
 import json
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -19,7 +21,8 @@ from nanochat.config import ModelConfig
 from nanochat.files import File, Files
 from nanochat.loss import CAP
 from nanochat.model import EPS, GPT, ROPE_BASE
-from nanochat.optim import Optimizer, copy_in
+from nanochat.optim import Optimizer, check_names, copy_in
+from nanochat.weights import StoredWeights
 
 MODEL: Final = "model.safetensors"
 OPTIM: Final = "optim.safetensors"
@@ -55,6 +58,23 @@ def load_model(files: Files, dtype: torch.dtype, device: torch.device | str = "c
         weight.data = weight.data.to(device, dtype)
     _copy_weights(model, weights)
     return model
+
+
+@contextmanager
+def open_weights(files: Files) -> Iterator[tuple[ModelConfig, int, StoredWeights]]:
+    """Sizes of a saved model, of its vocabulary, and its weights, to be read inside the block.
+
+    ValueError names all that do not fit.
+    """
+    config, vocab_size = read_config(files)
+    with files.open(MODEL) as file:
+        try:
+            weights = StoredWeights(file)
+        except ValueError as error:
+            raise ValueError(f"{MODEL}: {error}") from error
+        with torch.device("meta"):
+            check_names(dict(GPT(config, vocab_size).named_parameters()), weights.shapes)
+        yield config, vocab_size, weights
 
 
 def read_config(files: Files) -> tuple[ModelConfig, int]:

@@ -160,15 +160,20 @@ def build_optimizer(model: GPT, config: OptimConfig, precision: str) -> Optimize
 
 def copy_in(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """Copy given tensors into those of the same names. ValueError lists all that do not fit, before any is changed."""
-    faults = [f"{name} is missing" for name in sorted(own.keys() - given.keys())]
-    faults += [f"{name} is unknown here" for name in sorted(given.keys() - own.keys())]
-    for name in sorted(own.keys() & given.keys()):
-        if own[name].shape != given[name].shape:
-            faults.append(f"{name} has shape {tuple(given[name].shape)}, not {tuple(own[name].shape)}")
-    if faults:
-        raise ValueError("the tensors do not fit: " + "; ".join(faults))
+    check_names(own, {name: tuple(tensor.shape) for name, tensor in given.items()})
     for name, tensor in own.items():
         tensor.copy_(given[name])
+
+
+def check_names(own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError lists all names and shapes that are not those of `own`."""
+    faults = [f"{name} is missing" for name in sorted(own.keys() - shapes.keys())]
+    faults += [f"{name} is unknown here" for name in sorted(shapes.keys() - own.keys())]
+    for name in sorted(own.keys() & shapes.keys()):
+        if tuple(own[name].shape) != shapes[name]:
+            faults.append(f"{name} has shape {shapes[name]}, not {tuple(own[name].shape)}")
+    if faults:
+        raise ValueError("the tensors do not fit: " + "; ".join(faults))
 
 
 def gradient_of(weight: nn.Parameter) -> Tensor:
