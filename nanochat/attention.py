@@ -1,6 +1,7 @@
-"""Attention over keys that lie in the rows themselves (training) or in a cache (inference).
+"""Attention over keys that lie in the rows themselves: training, and scoring whole texts.
 
-The model knows neither masks nor caches: it calls `attend` and asks the keys where its tokens stand.
+The model knows no masks: it calls `attend` and asks the keys where its tokens stand. Serving from a cache has a
+forward pass of its own (nanochat/engine).
 """
 
 # B rows, T new tokens, S keys, H query heads, K key heads (H is a multiple of K), D head size
@@ -11,8 +12,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from nanochat.config import ModelConfig
 
 SHORT = 512  # tokens of a row up to which whole matrices beat tiles on a CPU
 
@@ -32,9 +31,6 @@ class Keys(Protocol):
 
         None: those up to itself, where T = S; all of them, where there is one new token.
         """
-
-    def advance(self, tokens: int) -> None:
-        """Every layer has seen these new tokens."""
 
 
 class Rows:
@@ -56,55 +52,6 @@ class Rows:
 
     def mask(self, tokens: int, device: torch.device) -> Tensor | None:
         return self._mask
-
-    def advance(self, tokens: int) -> None:
-        pass
-
-
-class Cache:
-    """Inference: keys and values of the tokens seen so far, all rows of one length.
-
-    `length` is the tokens that each row holds; the next forward appends there. Key heads are stored once, not
-    repeated for the query heads that share them. Size: 2 * depth * B * K * capacity * D numbers.
-    """
-
-    def __init__(
-        self, config: ModelConfig, batch: int, capacity: int, dtype: torch.dtype, device: torch.device | str = "cpu"
-    ) -> None:
-        if not 1 <= capacity <= config.context:
-            raise ValueError(f"capacity is {capacity} tokens; the model's context is {config.context}")
-        shape = (config.depth, batch, config.key_heads, capacity, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.capacity = capacity
-        self.length = 0
-
-    @property
-    def start(self) -> int:
-        return self.length
-
-    def extend(self, k: Tensor, v: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        end = self.length + k.shape[2]
-        if end > self.capacity:
-            raise ValueError(f"{end} tokens do not fit into a cache of {self.capacity}")
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def mask(self, tokens: int, device: torch.device) -> Tensor | None:
-        if self.length == 0 or tokens == 1:
-            return None
-        seen = torch.ones(tokens, self.length + tokens, dtype=torch.bool, device=device)
-        return seen.tril_(self.length)  # (T, S)
-
-    def advance(self, tokens: int) -> None:
-        self.length += tokens
-
-    def truncate(self, length: int) -> None:
-        """Forget all but the first `length` tokens of each row."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot keep {length} tokens of a cache that holds {self.length}")
-        self.length = length
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, keys: Keys, layer: int) -> Tensor:

@@ -1,7 +1,8 @@
 """The GPT of nanochat's first release, weight for weight as transformers implements it (models/nanochat).
 
 Rotary positions, RMS norm without parameters, queries and keys normed after the rotation, shared key heads, ReLU^2,
-no biases, untied head, soft-capped logits. One forward for training and inference; it does not know which it is in.
+no biases, untied head, soft-capped logits. Training and scoring go through it; serving has its own forward pass over
+the same weights (nanochat/engine), which is tested against this one.
 """
 
 # B rows, T tokens, C = width, H query heads, K key heads, D head size, V vocabulary
@@ -148,7 +149,6 @@ class GPT(nn.Module):
         x = norm(self.model.embed_tokens(tokens).to(self.dtype))
         for block in self.model.layers:
             x = block(x, angles, keys)
-        keys.advance(tokens.shape[1])
         return norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -36,8 +36,11 @@ class Bare:
 sys.meta_path.insert(0, Bare())
 import nanochat
 for module in pkgutil.walk_packages(nanochat.__path__, "nanochat."):
-    if not module.name.endswith("__main__"):
+    try:
         importlib.import_module(module.name)
+    except ModuleNotFoundError as error:  # comes with torch for CUDA, and is asked for there alone
+        if (module.name, error.name) != ("nanochat.engine.paged", "triton"):
+            raise
 print("all")
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -16,8 +16,9 @@ from moto.server import ThreadedMotoServer
 
 from nanochat.attention import Rows
 from nanochat.chat import render_prompt
-from nanochat.checkpoint import load_model
+from nanochat.checkpoint import load_model, open_weights
 from nanochat.engine.engine import Engine
+from nanochat.engine.runner import make_runner
 from nanochat.engine.sampler import SampleParams
 from nanochat.files import Folder
 from nanochat.tokenizer import Vocabulary
@@ -92,7 +93,9 @@ def test_greedy_answers_are_the_same_in_transformers(bundle: Path) -> None:
 
     theirs = AutoModelForCausalLM.from_pretrained(bundle, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(bundle)
-    ours, vocabulary = load_model(Folder(bundle), torch.float32), Vocabulary.load(Folder(bundle))
+    vocabulary = Vocabulary.load(Folder(bundle))
+    with open_weights(Folder(bundle)) as (config, vocab_size, weights):
+        ours = make_runner(config, vocab_size, weights, kv_tokens=config.context, precision="fp32")
     for _, messages in list(stdlib.questions())[::400]:
         prompt = render_prompt(vocabulary, messages[:1])
         assert tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False) == prompt

@@ -4,9 +4,12 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One case, measured several times. A higher value is better."""
+    """One case, measured several times. Of tokens/s more is better; of seconds and shares less is."""
 
     bench: str
     case: str
@@ -33,19 +36,36 @@ class Measurement:
     machine: dict[str, Any]
     more: dict[str, Any]  # what else was measured, or decides the case
 
+    def as_dict(self) -> dict[str, Any]:
+        """As it is printed: `more` among the rest."""
+        row: dict[str, Any] = asdict(self)
+        more: dict[str, Any] = row.pop("more")
+        return row | more
+
+    def against(self, baseline: str, rates: Sequence[float]) -> "Measurement":
+        """The same beside the tokens/s that the baseline's runs made."""
+        other = statistics.median(rates)
+        return replace(self, baseline=baseline, baseline_value=other, ratio=self.value / other)
+
 
 def measurement(
-    bench: str, case: str, rates: Sequence[float], args: argparse.Namespace, more: dict[str, Any]
+    bench: str,
+    case: str,
+    values: Sequence[float],
+    args: argparse.Namespace,
+    more: dict[str, Any],
+    *,
+    unit: str = "tokens/s",
 ) -> Measurement:
-    """A case whose runs made `rates` tokens/s; args: those of `parse`."""
+    """A case with one value a run; args: those of `parse`."""
     return Measurement(
         bench=bench,
         case=case,
-        unit="tokens/s",
-        value=statistics.median(rates),
-        runs=len(rates),
-        min=min(rates),
-        max=max(rates),
+        unit=unit,
+        value=statistics.median(values),
+        runs=len(values),
+        min=min(values),
+        max=max(values),
         commit=args.commit,
         machine=machine(torch.device(args.device)),
         more={"precision": args.precision} | more,
@@ -53,32 +73,42 @@ def measurement(
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """The options that every benchmark has; its precisions are its own."""
     options = argparse.ArgumentParser(prog=f"nanochat bench {name}", description=description)
     best = "cuda" if torch.cuda.is_available() else "cpu"
     options.add_argument("--device", default=best, choices=("cpu", "cuda"), help="(default: %(default)s)")
-    options.add_argument("--precision", choices=tuple(DTYPES), help="(default: bf16 where the processor has it)")
     options.add_argument("--threads", type=whole, default=torch.get_num_threads(), help="(default: %(default)s)")
     options.add_argument("--commit", help="of the code that is measured, to be written into the lines")
     options.add_argument("--json", action="store_true", help="one JSON line a measurement instead of a table")
     return options
 
 
-def whole(text: str) -> int:
-    """An argument that must be a whole number, 1 or more."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
-    return int(text)
+def at_least(least: int) -> Callable[[str], int]:
+    """Reads an argument that must be a whole number of `least` or more."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of {least} or more")
+        return int(text)
+
+    return read
+
+
+whole = at_least(1)
 
 
 def parse(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, with a precision; sets the threads. Exits with 2 if they are wrong."""
+    """The arguments; sets the threads. Exits with 2 if they are wrong."""
     args = options.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         options.error("--device cuda: torch finds no CUDA here")
     torch.set_num_threads(args.threads)
-    args.precision = args.precision or ("bf16" if has_bf16(args.device) else "fp32")
     return args
+
+
+def best_precision(device: str) -> str:
+    """bf16 where the processor has it."""
+    return "bf16" if has_bf16(device) else "fp32"
 
 
 def has_bf16(device: str) -> bool:
@@ -87,6 +117,20 @@ def has_bf16(device: str) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     able = torch.cpu.get_capabilities()
     return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def peak_bytes() -> int:
+    """The most memory that this process had since it began.
+
+    Linux's VmHWM: getrusage's number begins with the parent's, and a benchmark's processes have a large one.
+    """
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    peaks = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+    if peaks:
+        return int(peaks[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -113,17 +157,22 @@ def processor() -> str:
 def show(measured: Iterable[Measurement], *, as_json: bool) -> None:
     """Print each as soon as it is there."""
     for number, one in enumerate(measured):
-        row = asdict(one)
-        more = row.pop("more")
         if as_json:
-            print(json.dumps(row | more), flush=True)
+            print(json.dumps(one.as_dict()), flush=True)
             continue
         if number == 0:
             print(", ".join(f"{name} {value}" for name, value in one.machine.items()))
-            print(f"{'case':<40} {one.unit:>12} {'min':>12} {'max':>12} {'runs':>5}")
-        print(f"{one.case:<40} {one.value:>12,.0f} {one.min:>12,.0f} {one.max:>12,.0f} {one.runs:>5}", flush=True)
-        print("    " + ", ".join(f"{name} {_short(value)}" for name, value in more.items()), flush=True)
+            print(f"{'case':<36} {'median':>11} {'min':>11} {'max':>11} {'runs':>5}  {'unit':<9} ratio")
+        numbers = " ".join(f"{_short(value):>11}" for value in (one.value, one.min, one.max))
+        ratio = f"{one.ratio:.2f} x {_short(one.baseline_value)} of {one.baseline}" if one.ratio else ""
+        print(f"{one.case:<36} {numbers} {one.runs:>5}  {one.unit:<9} {ratio}".rstrip(), flush=True)
+        told = ", ".join(f"{name} {_short(value)}" for name, value in one.more.items())
+        print(textwrap.fill(told, 116, initial_indent="    ", subsequent_indent="    "), flush=True)
 
 
 def _short(value: object) -> str:
-    return f"{value:,.0f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, dict):
+        return "(" + ", ".join(f"{name} {_short(part)}" for name, part in value.items()) + ")"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.5g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

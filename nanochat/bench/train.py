@@ -6,13 +6,21 @@ No baseline yet: `baseline` and `ratio` are null until the issue on training spe
 """
 
 import argparse
-import resource
-import sys
 from collections.abc import Sequence
 
 import torch
 
-from nanochat.bench.measure import DTYPES, Measurement, measurement, parse, parser, show, whole
+from nanochat.bench.measure import (
+    DTYPES,
+    Measurement,
+    best_precision,
+    measurement,
+    parse,
+    parser,
+    peak_bytes,
+    show,
+    whole,
+)
 from nanochat.config import ModelConfig, OptimConfig
 from nanochat.data import Batch
 from nanochat.flops import parameters
@@ -27,9 +35,11 @@ WARM_UP = 3  # steps that are not counted
 def main(argv: Sequence[str] | None = None) -> int:
     """The verb `nanochat bench train`."""
     options = parser("train", "Tokens/s of training steps on random tokens.")
+    options.add_argument("--precision", choices=tuple(DTYPES), help="(default: bf16 where the processor has it)")
     options.add_argument("--depth", type=whole, default=4, help="layers, each 64 wide (default: %(default)s)")
     options.add_argument("--steps", type=whole, default=20, help="steps that are timed (default: %(default)s)")
     args = parse(options, argv)
+    args.precision = args.precision or best_precision(args.device)
     show([measure(args)], as_json=args.json)
     return 0
 
@@ -43,7 +53,8 @@ def measure(args: argparse.Namespace) -> Measurement:
         "vocabulary": VOCABULARY,
         "context": CONTEXT,
         "batch_tokens": BATCH_TOKENS,
-        "peak_bytes": peak_bytes(args.device),
+        # Of a GPU's memory what torch handed out, else what the whole process had.
+        "peak_bytes": torch.cuda.max_memory_allocated() if args.device == "cuda" else peak_bytes(),
     }
     return measurement("train", f"depth {args.depth}", rates, args, more)
 
@@ -66,14 +77,6 @@ def random_rows(step: int) -> tuple[list[Batch], int]:
         VOCABULARY, (BATCH_TOKENS // CONTEXT, CONTEXT + 1), generator=torch.Generator().manual_seed(step)
     )
     return [Batch(rows[:, :-1], rows[:, 1:])], BATCH_TOKENS
-
-
-def peak_bytes(device: str) -> int:
-    """The most memory so far: of the GPU's, what torch handed out; of the CPU's, what the whole process had."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 if __name__ == "__main__":

@@ -1,117 +1,252 @@
 """Many requests, one model: the four calls on which streaming, HTTP and threads are built.
 
-Requests run in the order they came, each with a cache and a forward pass of its own, so none can change another's
-tokens. Knows no threads: whoever makes an Engine calls it from one thread.
+A step: the scheduler hands out tokens, the runner computes them, the sampler draws, the sequences grow. What a
+sequence gets depends on nothing but its own tokens and seed, whatever else runs (exactly so if the runner is
+deterministic). Knows no threads: whoever makes an Engine calls it from one thread.
 """
 
+# N sequences, T tokens, R wanted rows, as in runner.py
+
 import secrets
-from collections import deque
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
-import torch
+import numpy as np
 
-from nanochat.attention import Cache
-from nanochat.engine.sampler import SampleParams, choose
-from nanochat.engine.sequence import Output, Sequence, Stats
-from nanochat.model import GPT
+from nanochat.engine.blocks import BlockPool
+from nanochat.engine.runner import BLOCK, Batch, Ints, Runner
+from nanochat.engine.sampler import Draw, Drawn, SampleParams, sample
+from nanochat.engine.scheduler import Scheduler
+from nanochat.engine.sequence import Finish, Output, Sequence
+from nanochat.engine.speculate import Lookup
+from nanochat.engine.stats import Counters, Stats
 
 
 class Engine:
-    """At most `max_batch` requests run at a time, and at most `kv_tokens` tokens of cache are reserved for them.
+    """At most `max_batch` replies are made at a time, and at most `step_tokens` tokens computed in a step.
 
-    stop: tokens that end a reply whose own parameters name none.
+    stop: tokens that end a reply whose own parameters name none.  speculate: the most tokens that are drafted for a
+    sequence and step; 0: none.  share: whether what one request has computed serves others that begin alike.
+    clock: seconds, for timeouts and what is counted.
     """
 
-    def __init__(self, model: GPT, *, max_batch: int = 8, kv_tokens: int = 16_384, stop: Iterable[int] = ()) -> None:
-        if max_batch < 1:
-            raise ValueError(f"max_batch is {max_batch}; at least 1 request must be able to run")
-        if kv_tokens < 2:
-            raise ValueError(f"kv_tokens is {kv_tokens}; a prompt and a reply need at least 2")
-        self._model = model
-        self._max_batch = max_batch
-        self._kv_tokens = kv_tokens
+    def __init__(  # noqa: PLR0913 (each is one dial of a replica)
+        self,
+        runner: Runner,
+        *,
+        max_batch: int = 8,
+        step_tokens: int = 512,
+        stop: Iterable[int] = (),
+        speculate: int = 0,
+        share: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        least = {"max_batch": (max_batch, 1), "step_tokens": (step_tokens, 1), "speculate": (speculate, 0)}
+        for name, (value, minimum) in least.items():
+            if value < minimum:
+                raise ValueError(f"{name} is {value}; it must be {minimum} or more")
+        self._runner, self._clock, self._speculate = runner, clock, speculate
         self._stop = frozenset(stop)
-        self._waiting: deque[Sequence] = deque()
-        self._running: dict[int, Sequence] = {}  # in the order they came
-        self._next_id = 0
-        self._prompt_tokens = 0
-        self._new_tokens = 0
+        self._check_ids("stop", self._stop)
+        self._kv_tokens = runner.blocks * BLOCK
+        self.scheduler = Scheduler(
+            BlockPool(runner.blocks, share=share),
+            max_batch=max_batch,
+            step_tokens=step_tokens,
+            speculate=speculate,
+            longest=min(runner.config.context, self._kv_tokens),
+        )
+        self._open: dict[int, list[Sequence]] = {}  # a request's replies that have not ended
+        self._next_id = self._next_order = 0
+        self._counters = Counters()
 
     def add(self, tokens: list[int], params: SampleParams) -> int:
         """Queues a request and returns its id. Raises ValueError that names what is wrong with it."""
-        context, vocab_size = self._model.config.context, self._model.vocab_size
-        if not tokens:
+        context = self._runner.config.context
+        if not len(tokens):
             raise ValueError("tokens is empty; a prompt needs at least 1 token")
-        for name, ids in (("tokens", tokens), ("stop", params.stop)):
-            wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
-            if wrong is not None:
-                raise ValueError(f"{name} holds {wrong}; the vocabulary has the ids 0 to {vocab_size - 1}")
+        self._check_ids("tokens", tokens)
+        self._check_ids("stop", params.stop)
         if len(tokens) >= context:
             raise ValueError(
                 f"tokens are {len(tokens)}; the context is {context}, so a prompt has at most {context - 1}"
             )
-        capacity = min(len(tokens) + params.max_tokens, context)
-        if capacity > self._kv_tokens:
-            raise ValueError(
-                f"max_tokens is {params.max_tokens}; with {len(tokens)} prompt tokens that needs {capacity} tokens of "
-                f"cache, and there are {self._kv_tokens}"
-            )
+        if len(tokens) > self._kv_tokens:
+            raise ValueError(f"tokens are {len(tokens)}; the cache holds {self._kv_tokens}, so shorten the prompt")
+        if params.max_tokens > context:
+            raise ValueError(f"max_tokens is {params.max_tokens}; the context is {context}, so ask for at most that")
         seed = secrets.randbits(64) if params.seed is None else params.seed
         stop = frozenset(params.stop) or self._stop
-        self._waiting.append(Sequence(self._next_id, list(tokens), params, seed, stop, capacity))
+        capacity = min(len(tokens) + params.max_tokens, context, self._kv_tokens + 1)  # the last one needs no keys
+        now = self._clock()
+        replies = []
+        for index in range(params.n):
+            ids = np.zeros(capacity, np.int32)
+            ids[: len(tokens)] = tokens
+            replies.append(
+                Sequence(
+                    id=self._next_id,
+                    index=index,
+                    order=self._next_order,
+                    params=params,
+                    seed=seed + index,
+                    stop=stop,
+                    ids=ids,
+                    prompt=len(tokens),
+                    arrived=now,
+                    known=len(tokens),
+                )
+            )
+            self._next_order += 1
+            self.scheduler.add(replies[-1])
+        self._open[self._next_id] = replies
         self._next_id += 1
         return self._next_id - 1
 
     def step(self) -> list[Output]:
-        """Lets in what fits and draws one token for every running request. [] when there is nothing to do."""
-        self._admit()
-        outputs = []
-        for sequence in list(self._running.values()):
-            token, logprob = self._draw(sequence)
-            finish = sequence.append(token)
-            self._new_tokens += 1
-            if finish:
-                del self._running[sequence.id]
-            outputs.append(Output(sequence.id, [token], [logprob], finish))
+        """Computes the tokens of one step; says what came of it: nothing, as long as prompts are not complete.
+
+        Without a request it returns [] at once.
+        """
+        now = self._clock()
+        outputs = [self._output(sequence, [], "timeout", now) for sequence in self.scheduler.expired(now)]
+        chunks, copies = self.scheduler.plan()
+        if not chunks:
+            assert not self._open, "requests are open and nothing can run"
+            return outputs
+        for source, target in copies:
+            self._runner.copy(source, target)
+        for sequence in chunks:
+            if sequence.scheduled is None:
+                self._counters.began(sequence, now)
+        batch, draws = _batch(chunks, self.scheduler.tables)
+        self._counters.step(len(batch.tokens), len(chunks))
+        drawn = sample(self._runner.forward(batch), draws)
+        now = self._clock()
+        row = 0
+        for sequence, tokens in chunks.items():
+            end = sequence.computed + tokens
+            if end < sequence.known:  # more of the prompt is to come
+                sequence.computed = end
+                self.scheduler.pool.note(sequence)
+                continue
+            rows = end - sequence.known + 1
+            outputs.append(self._grow(sequence, drawn[row : row + rows], now))
+            row += rows
         return outputs
 
     def cancel(self, id: int) -> None:
         """Forgets a request and frees its cache. Nothing happens if it has ended already."""
         if not 0 <= id < self._next_id:
             raise ValueError(f"id is {id}; no request has it")
-        self._running.pop(id, None)
-        self._waiting = deque(sequence for sequence in self._waiting if sequence.id != id)
+        for sequence in self._open.pop(id, ()):
+            self.scheduler.remove(sequence)
 
     def stats(self) -> Stats:
-        """Load and work done."""
+        """Load and work done; a snapshot."""
+        scheduler = self.scheduler
+        pool = scheduler.pool
         return Stats(
-            running=len(self._running),
-            waiting=len(self._waiting),
-            kv_reserved=self._reserved(),
+            num_requests_running=len(scheduler.running),
+            num_requests_waiting=len(scheduler.waiting),
+            kv_cache_usage_perc=1 - pool.free / pool.size,
             kv_tokens=self._kv_tokens,
-            prompt_tokens=self._prompt_tokens,
-            new_tokens=self._new_tokens,
+            prefix_cache_queries=scheduler.queries,
+            prefix_cache_hits=scheduler.hits,
+            num_preemptions=scheduler.preemptions,
+            **self._counters.values(),
         )
 
-    def _reserved(self) -> int:
-        return sum(sequence.capacity for sequence in self._running.values())
+    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
+        size = self._runner.vocab_size
+        for token in ids:
+            if not isinstance(token, (int, np.integer)) or not 0 <= token < size:
+                raise ValueError(f"{name} holds {token!r:.80}; the vocabulary has the ids 0 to {size - 1}")
 
-    def _admit(self) -> None:
-        """First come, first served: nothing passes a large request that does not fit yet."""
-        while self._waiting and len(self._running) < self._max_batch:
-            if self._reserved() + self._waiting[0].capacity > self._kv_tokens:
-                return
-            sequence = self._waiting.popleft()
-            sequence.cache = Cache(self._model.config, 1, sequence.capacity, self._model.dtype, self._model.device)
-            self._running[sequence.id] = sequence
+    def _grow(self, sequence: Sequence, drawn: list[Drawn | None], now: float) -> Output:
+        """Appends the tokens of the draft that are right, and the one after them.
 
-    @torch.inference_mode()
-    def _draw(self, sequence: Sequence) -> tuple[int, float]:
-        """The next token and its log-probability; the cache then holds every token before it."""
-        assert sequence.cache is not None, "a running request has a cache"
-        fresh = sequence.reply[-1:] or sequence.prompt
-        if not sequence.reply:
-            self._prompt_tokens += len(fresh)
-        hidden = self._model(torch.tensor([fresh], device=self._model.device), sequence.cache)  # (1, T, C)
-        logits = self._model.logits(hidden[0, -1]).float().cpu().numpy()  # (V,)
-        return choose(logits, sequence.params, sequence.seed, sequence.tokens)
+        drawn: what follows the last known token, and what follows each token of the draft.
+        """
+        start, ids = sequence.known, sequence.ids
+        kept: list[Drawn] = []
+        finish: Finish | None = None
+        right = 0  # tokens of the draft
+        for place, item in enumerate(drawn, start):
+            if item is None:
+                finish = "error"
+                break
+            agrees = len(kept) + 1 < len(drawn) and int(ids[place]) == item.token
+            right += agrees
+            ids[place] = item.token
+            kept.append(item)
+            if item.token in sequence.stop:
+                finish = "stop"
+            elif place + 1 == len(ids):
+                finish = "length"
+            if finish or not agrees:
+                break
+        sequence.known += len(kept)
+        sequence.computed = start + right
+        if self._speculate:
+            self._learn(sequence, kept, len(drawn) - 1, right)
+        if kept:
+            self._counters.drew(sequence, len(kept), now)
+        if finish is None and sequence.computed >= sequence.mark:
+            self.scheduler.pool.note(sequence)
+        return self._output(sequence, kept, finish, now)
+
+    def _learn(self, sequence: Sequence, kept: list[Drawn], drafted: int, right: int) -> None:
+        """Tells a sequence's lookup what came, and what its draft was worth."""
+        if sequence.lookup is None:
+            sequence.lookup = Lookup(sequence.ids[: sequence.known].tolist(), self._speculate)
+        else:
+            sequence.lookup.extend([item.token for item in kept])
+        if drafted:
+            sequence.lookup.judged(drafted, right)
+            self._counters.spec_decode_num_draft_tokens += drafted
+            self._counters.spec_decode_num_accepted_tokens += right
+
+    def _output(self, sequence: Sequence, kept: list[Drawn], finish: Finish | None, now: float) -> Output:
+        """What a step added to a sequence; ends it if that was the last."""
+        if finish:
+            if finish != "error":
+                self.scheduler.pool.note(sequence)
+            self.scheduler.remove(sequence, spoilt=finish == "error")
+            self._counters.ended(sequence, finish, now)
+            replies = self._open[sequence.id]
+            replies.remove(sequence)
+            if not replies:
+                del self._open[sequence.id]
+        tokens = [item.token for item in kept]
+        if sequence.params.logprobs is None:
+            return Output(sequence.id, tokens, [], [], finish, sequence.index)
+        logprobs = [item.logprob for item in kept if item.logprob is not None]
+        return Output(sequence.id, tokens, logprobs, [item.top for item in kept], finish, sequence.index)
+
+
+def _batch(chunks: dict[Sequence, int], tables: Ints) -> tuple[Batch, list[Draw]]:
+    """The tokens of a step for the runner, and what is to be drawn from the wanted rows."""
+    total = sum(chunks.values())
+    tokens = np.empty(total, np.int32)
+    past, slots, wanted, draws = [], [], [], []
+    longest = at = 0
+    for sequence, count in chunks.items():
+        start, known, ids = sequence.computed, sequence.known, sequence.ids
+        end = start + count
+        tokens[at : at + count] = ids[start:end]
+        past.append(start)
+        slots.append(sequence.slot)
+        longest = max(longest, end)
+        for place in range(known, end + 1):  # of the token to be drawn
+            wanted.append(at + place - 1 - start)
+            draws.append(Draw(sequence.params, sequence.seed, place, ids[:place]))  # type: ignore[arg-type]  # an array
+        at += count
+    batch = Batch(
+        tokens=tokens,
+        counts=np.array(list(chunks.values()), np.int32),
+        past=np.array(past, np.int32),
+        tables=np.ascontiguousarray(tables[slots, : -(-longest // BLOCK)]),
+        wanted=np.array(wanted, np.int32),
+    )
+    return batch, draws

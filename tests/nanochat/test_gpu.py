@@ -18,16 +18,20 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanochat import checkpoint
-from nanochat.attention import Cache, Rows
+from nanochat.attention import Rows
 from nanochat.config import ModelConfig, OptimConfig
 from nanochat.data import Batch
+from nanochat.engine.cuda import LARGEST, CudaRunner, gathered_attention, paged_kernel
 from nanochat.engine.engine import Engine
+from nanochat.engine.layers import PLAIN, compiled
+from nanochat.engine.runner import BLOCK, Precision, make_runner
 from nanochat.engine.sampler import SampleParams
 from nanochat.files import Folder
 from nanochat.loss import summed_nats
 from nanochat.model import GPT
 from nanochat.optim import Optimizer, build_optimizer
 from nanochat.train import StepDone, TrainPlan, backward, flat_gradient, train
+from tests.nanochat.batches import batch_of, logits_in_pieces
 from tests.nanochat.ranks import Case, run
 from tests.nanochat.sizes import VOCAB, filled, some_tokens
 from tests.reference.generate import generate
@@ -41,6 +45,7 @@ DEVICE = "cuda"
 CONTEXT, ROWS = 256, 4
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OPTIM = OptimConfig(matrix_lr=0.01, embed_lr=0.02)
+WAITING = pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 FUSED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read at the first product; see `deterministic`
@@ -136,10 +141,6 @@ def test_attention_never_keeps_whole_matrices(kv_heads: int | None, precision: s
     model.dtype = DTYPES[precision]
     with sdpa_kernel(FUSED):  # raises where none of these can
         backward(model, rows(chat), ROWS * CONTEXT)
-        with torch.inference_mode():
-            cache = Cache(model.config, ROWS, CONTEXT, model.dtype, DEVICE)
-            for tokens in torch.split(rows(chat).tokens.to(DEVICE), [100, 1, 30, 125], dim=1):
-                model(tokens, cache)
 
 
 def test_bf16_training_learns_as_on_the_cpu() -> None:
@@ -169,7 +170,7 @@ def test_the_optimizer_moves_weights_as_on_the_cpu(name: str) -> None:
         assert not torch.equal(theirs, before)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@WAITING
 def test_a_step_does_not_wait_for_the_gpu() -> None:
     """But once, where `train` looks at loss and gradient norm."""
     model = GPT(config(), VOCAB, torch.bfloat16).reset(1).to(DEVICE)
@@ -187,18 +188,104 @@ def test_a_step_does_not_wait_for_the_gpu() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("kv_heads", [None, 2])
+def runner(model: GPT, precision: Precision, blocks: int = 64, graphs: bool = True) -> CudaRunner:
+    return CudaRunner(
+        model.config, VOCAB, model.state_dict(), precision=precision, blocks=blocks, device=DEVICE, graphs=graphs
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2, 1])
 @pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-4), ("bf16", 0.03)])
-def test_a_cache_in_pieces_equals_one_forward(kv_heads: int | None, precision: str, most: float) -> None:
-    """bf16 keeps 8 bits, so each of its dozen roundings moves a logit by up to 0.4%."""
-    model, _ = pair(kv_heads)
+def test_pieces_over_a_paged_cache_equal_one_forward(kv_heads: int | None, precision: Precision, most: float) -> None:
+    """Prompts in pieces, decoding alone and in company. bf16 keeps 8 bits: each of a dozen roundings moves by 0.4%."""
+    _, there = pair(kv_heads)
+    texts = [some_tokens(1, length, seed=length)[0].tolist() for length in (60, 200, 17)]
+    cuts = [[29, 30, 43, 50, *range(51, 61)], [200], [0, *range(1, 18)]]
+    tables = [[5, 9, 2, 40], list(range(10, 36, 2)), [7, 3]]
+    pieces = logits_in_pieces(runner(there, precision), texts, cuts, tables)
+    for text, ours in zip(texts, pieces, strict=True):
+        with torch.inference_mode():
+            whole = there.logits(there(torch.tensor([text]), Rows()))[0]
+        off = float((ours - whole).abs().max())
+        assert off <= most * float(whole.abs().max()), f"{off:.1e} apart"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 9, 40, 100, LARGEST, LARGEST + 1])
+def test_graphs_compute_what_is_launched_kernel_by_kernel(size: int, precision: Precision) -> None:
+    """And again for other tokens, at other lengths, in other blocks; rows that only fill up a batch write nowhere."""
+    model, _ = pair()
     model.dtype = DTYPES[precision]
-    tokens = some_tokens(2, 60).to(DEVICE)
-    cache = Cache(model.config, 2, 64, model.dtype, DEVICE)
-    with torch.inference_mode():
-        pieces = [model.logits(model(part, cache)) for part in torch.split(tokens, [29, 1, 13, 7, *[1] * 10], dim=1)]
-        whole = model.logits(model(tokens, Rows()))
-    assert_same(torch.cat(pieces, dim=1), whole.cpu(), most)
+    two = [runner(model, precision, blocks=2 * size, graphs=graphs) for graphs in (True, False)]
+    for step in range(3):
+        some = some_tokens(size, 1, seed=step)
+        parts = [(some[n].tolist(), step * (1 + n % 9), [2 * size - 1 - 2 * n, 2 * n]) for n in range(size)]
+        ours, theirs = (one.forward(batch_of(parts)) for one in two)
+        assert_same(ours, theirs.cpu(), 1e-5 if precision == "fp32" else 2**-7)  # cuBLAS may choose other kernels
+        assert bool(ours.isfinite().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "key_heads", "size"), [(10, 10, 128), (4, 2, 32), (6, 1, 8), (12, 4, 96)])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_attention_over_blocks_is_that_of_float64(
+    rows: int, heads: int, key_heads: int, size: int, dtype: torch.dtype
+) -> None:
+    """Both the kernel and what stands in for it; lengths of 1, of a whole table, and between."""
+    width, draw = 20, torch.Generator().manual_seed(rows)
+    shape = (rows * width, BLOCK, key_heads, size)
+    k, v = (torch.randn(shape, generator=draw).to(dtype) for _ in range(2))
+    q = torch.randn(rows, heads, size, generator=draw).to(dtype)
+    tables = torch.randperm(rows * width, generator=draw).view(rows, width)
+    lengths = torch.randint(1, width * BLOCK + 1, (rows,), generator=draw)
+    lengths[0], lengths[-1] = 1, width * BLOCK if rows > 1 else 1
+    expected = torch.empty(rows, heads, size, dtype=torch.float64)
+    for row, length in enumerate(lengths.tolist()):
+        own_k, own_v = (
+            x[tables[row]].flatten(0, 1)[:length].double().repeat_interleave(heads // key_heads, 1) for x in (k, v)
+        )
+        scores = torch.einsum("hd,shd->hs", q[row].double(), own_k) * size**-0.5
+        expected[row] = torch.einsum("hs,shd->hd", scores.softmax(-1), own_v)
+    sizes = ModelConfig(depth=1, context=384, head_dim=size, aspect=heads * size, kv_heads=key_heads)
+    kernel = paged_kernel(sizes, dtype, torch.device(DEVICE))
+    if DEVICE == "cuda":
+        assert kernel is not gathered_attention
+    for attention in (kernel, gathered_attention):
+        y = attention(*(x.to(DEVICE) for x in (q, k, v, tables, lengths)))
+        assert_same(y, expected, 1e-5 if dtype == torch.float32 else 2**-7)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # torch's own use of it
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_pieces_compute_what_plain_ones_do(dtype: torch.dtype) -> None:
+    fused = compiled(config(), VOCAB, torch.device(DEVICE), dtype)
+    assert fused is not PLAIN
+    draw = torch.Generator().manual_seed(1)
+    for tokens in (1, 2, 3, 40):
+        heads, cos, sin, x, y = (
+            torch.randn(tokens, *shape, generator=draw).to(DEVICE, dtype)
+            for shape in [(6, 32), (1, 16), (1, 16), (64,), (64,)]
+        )
+        with torch.inference_mode():
+            pairs = [(fused.turn(heads, cos, sin), PLAIN.turn(heads, cos, sin)), (fused.cap(x), PLAIN.cap(x))]
+            pairs += [(fused.square(x), PLAIN.square(x)), *zip(fused.add(x, y), PLAIN.add(x, y), strict=True)]
+        for ours, theirs in pairs:
+            assert ours.dtype == theirs.dtype
+            assert_same(ours, theirs.cpu(), 1e-5 if dtype == torch.float32 else 2**-6)
+
+
+@WAITING
+def test_a_step_is_handed_over_without_waiting() -> None:
+    """Nothing between two replays looks at what the GPU computed."""
+    here, _ = pair()
+    one = runner(here, "bf16")
+    parts = [([n], 3 * n, [n, 10 + n]) for n in range(5)]
+    one.forward(batch_of(parts))  # the first step captures
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        one.forward(batch_of(parts))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_restored_run_goes_on_bit_for_bit(deterministic: None, tmp_path: Path) -> None:
@@ -228,7 +315,7 @@ def test_a_restored_run_goes_on_bit_for_bit(deterministic: None, tmp_path: Path)
 @pytest.mark.parametrize("setting", [{"temperature": 0.0}, {"temperature": 0.8, "top_k": 20}])
 def test_the_engine_answers_as_slow_generation_on_the_cpu(setting: dict[str, float]) -> None:
     here, there = pair()
-    engine = Engine(here, max_batch=2)
+    engine = Engine(make_runner(here.config, VOCAB, here.state_dict(), kv_tokens=400, precision="fp32", device=DEVICE))
     asked = [
         (some_tokens(1, 5 + 9 * n, seed=n)[0].tolist(), SampleParams(max_tokens=20, seed=n, **setting))  # type: ignore[arg-type]
         for n in range(4)

@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 from transformers import NanoChatConfig, NanoChatForCausalLM
 
-from nanochat.attention import Cache, Rows, attend
+from nanochat.attention import Rows, attend
 from nanochat.checkpoint import transformers_config
 from nanochat.flops import flops_per_token, matrix_parameters, parameters
 from nanochat.model import EPS, GPT, norm, rotary_table, rotate
@@ -82,34 +82,6 @@ def test_shared_key_heads_equal_repeated_ones() -> None:
     torch.testing.assert_close(logits(shared, some_tokens(2, 90)), logits(whole, some_tokens(2, 90)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kv_heads", KV_HEADS)
-def test_cache_in_pieces_equals_one_forward(kv_heads: int | None) -> None:
-    model, tokens = filled(small(kv_heads)), some_tokens(2, 40)
-    cache = Cache(model.config, batch=2, capacity=48, dtype=torch.float32)
-    pieces, begin = [], 0
-    for size in [13, 7, 1, 10, *[1] * 9]:
-        with torch.no_grad():
-            pieces.append(model.logits(model(tokens[:, begin : begin + size], cache)))
-        begin += size
-    assert cache.length == 40
-    torch.testing.assert_close(torch.cat(pieces, dim=1), logits(model, tokens), rtol=0, atol=1e-5)
-
-
-def test_truncated_cache_goes_on_from_there() -> None:
-    model, tokens = filled(small(2)), some_tokens(1, 30)
-    cache = Cache(model.config, batch=1, capacity=30, dtype=torch.float32)
-    with torch.no_grad():
-        model(some_tokens(1, 30, seed=9), cache)
-        cache.truncate(0)
-        model(tokens[:, :20], cache)
-        model(some_tokens(1, 5, seed=8), cache)
-        cache.truncate(20)
-        tail = model.logits(model(tokens[:, 20:], cache))
-    torch.testing.assert_close(tail, logits(model, tokens)[:, 20:], rtol=0, atol=1e-5)
-    with pytest.raises(ValueError, match="cannot keep 31 tokens of a cache that holds 30"):
-        cache.truncate(31)
-
-
 def test_segments_do_not_see_each_other() -> None:
     model = filled(small(2))
     tokens = some_tokens(1, 60)
@@ -149,11 +121,6 @@ def test_too_many_tokens_are_refused() -> None:
     model = filled(small())
     with pytest.raises(ValueError, match="129 tokens; the model's context is 128"):
         model(some_tokens(1, 129), Rows())
-    with pytest.raises(ValueError, match="capacity is 129 tokens; the model's context is 128"):
-        Cache(model.config, batch=1, capacity=129, dtype=torch.float32)
-    cache = Cache(model.config, batch=1, capacity=10, dtype=torch.float32)
-    with pytest.raises(ValueError, match="11 tokens do not fit into a cache of 10"), torch.no_grad():
-        model(some_tokens(1, 11), cache)
 
 
 def test_first_weights_follow_from_the_seed_alone() -> None:
