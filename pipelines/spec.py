@@ -199,6 +199,8 @@ class Capacity(Spec):
     gpu: GpuName | None = None
     max_batch: PositiveInt = 8  # sequences decoded together in one replica
     kv_tokens: PositiveInt = 16_384  # tokens of KV cache in one replica
+    precision: Literal["fp32", "bf16", "int8"] | None = None  # of the weights in memory; None: as the bundle has them
+    speculate: int = Field(4, ge=0, le=16)  # most tokens guessed ahead where that pays; 0: never
     target_ongoing: PositiveInt = 8  # requests in flight per replica at which one more is started
 
 

@@ -65,10 +65,21 @@ class Page:
     def type(self, text: str) -> None:
         self._call("Input.insertText", text=text)
 
-    def press(self, key: str) -> None:
+    def click(self, selector: str, *, button: str = "left") -> None:
+        """With the mouse, where a reader would see the element."""
+        node = f"document.querySelector({json.dumps(selector)})"
+        x, y = self.run(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({node}.getBoundingClientRect())")
+        for kind in ("mousePressed", "mouseReleased"):
+            self._call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, clickCount=1)
+
+    def allow_clipboard(self) -> None:
+        self._call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+
+    def press(self, key: str, *, shift: bool = False) -> None:
         """Enter, Escape, Tab or Space."""
         code = {"Enter": 13, "Escape": 27, "Tab": 9, "Space": 32}[key]
         named = {"key": " " if key == "Space" else key, "code": key, "windowsVirtualKeyCode": code}
+        named["modifiers"] = 8 if shift else 0
         text = {"Enter": {"text": "\r"}, "Space": {"text": " "}}.get(key, {})
         self._call("Input.dispatchKeyEvent", type="keyDown", **named, **text)
         self._call("Input.dispatchKeyEvent", type="keyUp", **named)
@@ -129,11 +140,13 @@ def main() -> None:
     with page() as browser:
         browser.look(PHONE if args.phone else DESKTOP, dark=args.dark)
         browser.open(args.url)
-        browser.wait("model !== null")
+        browser.wait("document.body.dataset.state === 'ready'")
         for number, question in enumerate(args.questions, 1):
             browser.type(question)
             browser.press("Enter")
-            browser.wait(f"document.querySelectorAll('.note span').length >= {number} && !running")
+            browser.wait(
+                f"document.querySelectorAll('.anew').length >= {number} && document.body.dataset.state === 'ready'"
+            )
         browser.picture(args.picture)
 
 

@@ -13,10 +13,12 @@ import uvicorn
 from fastapi import FastAPI
 
 from nanochat.config import ModelConfig
+from nanochat.engine.runner import Runner, make_runner
 from nanochat.engine.sampler import SampleParams
 from nanochat.engine.sequence import Output
+from nanochat.engine.stats import Stats
 from nanochat.model import GPT
-from pipelines.service.web import Card
+from pipelines.service.protocol import Card
 
 NAMES = "bos user_start user_end assistant_start assistant_end python_start python_end output_start output_end"
 END = 260  # <|assistant_end|>
@@ -69,11 +71,14 @@ class Scripted:
                 last = start + self.piece >= len(script) and not isinstance(self.end, Exception)
                 finish = ("stop" if isinstance(self.end, int) else "length") if last else None
                 whole = last
-                yield Output(0, part, [0.0] * len(part), finish)
+                yield Output(0, part, finish=finish)
             if isinstance(self.end, Exception):
                 raise self.end
         finally:
             self.closed.append(not whole)
+
+    async def stats(self) -> list[Stats]:
+        return []
 
 
 def tiny_model() -> GPT:
@@ -83,6 +88,13 @@ def tiny_model() -> GPT:
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3, generator=generator)
     return model
+
+
+def tiny_runner(kv_tokens: int = 1024) -> Runner:
+    """`tiny_model` on this processor."""
+    model = tiny_model()
+    weights = model.state_dict()
+    return make_runner(model.config, model.vocab_size, weights, kv_tokens=kv_tokens, precision="fp32", threads=1)
 
 
 @contextmanager

@@ -6,12 +6,12 @@ Needs neither torch nor Ray, so that a refusal costs no time.
 import json
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from pipelines.artifacts import Dir, Manifest, Store
 from pipelines.load import Loaded
 from pipelines.plan import Step, plan
-from pipelines.service.web import Card
+from pipelines.service.protocol import Card
 from pipelines.spec import Evaluate, Export
 
 
@@ -29,7 +29,7 @@ class Bundle:
 
     card: Card
     files: Dir
-    dtype: str  # bf16 or fp32: how the weights are stored, and so computed with
+    dtype: Literal["bf16", "fp32"]  # how the weights are stored, and computed with unless the profile says otherwise
 
 
 def find_bundle(loaded: Loaded, store: Store) -> Bundle:

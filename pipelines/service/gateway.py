@@ -10,17 +10,20 @@ from ray.serve.handle import DeploymentHandle
 
 from nanochat.engine.sampler import SampleParams
 from nanochat.engine.sequence import Output
+from nanochat.engine.stats import Stats
 from nanochat.files import Files
 from nanochat.tokenizer import Vocabulary
-from pipelines.service.protocol import ReplicaLostError
-from pipelines.service.web import Card, make_app
+from pipelines.service.protocol import Card, ReplicaLostError
+from pipelines.service.web import make_app
+
+STATS_TIMEOUT_S = 5
 
 
 class Replicas:
     """A Backend: hands each request to one of the replicas."""
 
     def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle = handle.options(stream=True)
+        self._handle, self._all = handle.options(stream=True), handle
 
     async def generate(self, tokens: list[int], params: SampleParams) -> AsyncGenerator[Output, None]:
         """As Backend.generate."""
@@ -34,6 +37,16 @@ class Replicas:
             raise ReplicaLostError(type(error).__name__) from error
         finally:
             response.cancel()  # nothing happens if it has ended
+
+    async def stats(self) -> list[Stats]:
+        """As Backend.stats; a replica that does not answer is left out."""
+        try:
+            answers = await self._all.broadcast("stats").results_async(
+                timeout_s=STATS_TIMEOUT_S, return_exceptions=True
+            )
+        except (RayError, RayServeException, TimeoutError) as error:
+            raise ReplicaLostError(f"no replica says its load: {type(error).__name__}") from error
+        return [answer for answer in answers if isinstance(answer, Stats)]
 
 
 @serve.ingress()

@@ -21,6 +21,7 @@ class TextStream:
             raise ValueError("stop holds an empty string; it would end every reply before it begins")
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._held = ""  # may become a stop string
+        self.decoded = 0  # characters so far, those held back included
         self.stopped = False  # whether a stop string came; there is no more text then
 
     def push(self, data: bytes, *, last: bool = False) -> str:
@@ -28,6 +29,7 @@ class TextStream:
         if self.stopped:
             return ""
         fresh = self._decoder.decode(data, final=last)
+        self.decoded += len(fresh)
         text = self._held + fresh
         for end in range(len(self._held) + 1, len(text) + 1):
             for stop in self._stop:

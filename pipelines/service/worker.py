@@ -9,11 +9,12 @@ import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampler import SampleParams
-from nanochat.engine.sequence import Output, Stats
+from nanochat.engine.sequence import Output
+from nanochat.engine.stats import Stats
 from pipelines.service.protocol import ReplicaLostError
 
 logger = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ class _Call:
     loop: asyncio.AbstractEventLoop
     out: "asyncio.Queue[Output | Exception]"
     id: int | None = None  # in the engine
+    open: int = 0  # replies that have not ended
     left: bool = False  # the caller is not interested any more
 
     def put(self, item: Output | Exception) -> None:
@@ -55,18 +57,19 @@ class Worker:
         """Outputs of one request as they come. Closing the iterator cancels. Raises ValueError, ReplicaLostError."""
         call = _Call(tokens, params, asyncio.get_running_loop(), asyncio.Queue())
         self._inbox.put(call)
+        unfinished = params.n
         try:
             self.check()  # after put: a thread that ends later finds the call in the inbox
             while True:
                 items = [await call.out.get()]
                 while not call.out.empty():
                     items.append(call.out.get_nowait())
-                outputs = [item for item in items if isinstance(item, Output)]
-                if outputs:
-                    yield _joined(outputs)
+                for output in _joined([item for item in items if isinstance(item, Output)]):
+                    unfinished -= output.finish is not None
+                    yield output
                 if isinstance(items[-1], Exception):
                     raise items[-1]
-                if outputs[-1].finish:
+                if not unfinished:
                     return
         finally:
             call.left = True
@@ -79,8 +82,13 @@ class Worker:
         if self._closed:
             raise ReplicaLostError("the engine is shut down")
 
-    def stats(self) -> Stats:
-        """The engine's load; a snapshot that may be one step old."""
+    async def stats(self) -> list[Stats]:
+        """As Backend.stats."""
+        self.check()
+        return [self._stats]
+
+    def load(self) -> Stats:
+        """What the engine counts; a snapshot that may be one step old."""
         return self._stats
 
     def close(self) -> None:
@@ -94,9 +102,10 @@ class Worker:
             while not self._closed:
                 self._take()
                 for output in self._engine.step():
-                    self._calls[output.id].put(output)
+                    broken = ReplicaLostError("the model's logits are not finite: its weights are broken")
+                    self._calls[output.id].put(broken if output.finish == "error" else output)
                     if output.finish:
-                        del self._calls[output.id]
+                        self._ended(output.id)
                 self._stats = self._engine.stats()
         except Exception as error:
             self._error = error
@@ -104,6 +113,13 @@ class Worker:
         finally:
             self._closed = True
             self._abandon()
+
+    def _ended(self, id: int) -> None:
+        """One of its replies has."""
+        call = self._calls[id]
+        call.open -= 1
+        if not call.open:
+            del self._calls[id]
 
     def _take(self) -> None:
         """Moves new and ended calls from the inbox to the engine; waits for one if there is nothing else to do."""
@@ -124,7 +140,7 @@ class Worker:
 
     def _add(self, call: _Call) -> None:
         try:
-            call.id = self._engine.add(call.tokens, call.params)
+            call.id, call.open = self._engine.add(call.tokens, call.params), call.params.n
         except ValueError as error:
             call.put(error)
         else:
@@ -140,11 +156,17 @@ class Worker:
             call.put(ReplicaLostError(f"the engine has stopped: {self._error!r}" if self._error else "shut down"))
 
 
-def _joined(outputs: list[Output]) -> Output:
-    """Several outputs of one request as one."""
-    return Output(
-        outputs[0].id,
-        [token for output in outputs for token in output.tokens],
-        [logprob for output in outputs for logprob in output.logprobs],
-        outputs[-1].finish,
-    )
+def _joined(outputs: list[Output]) -> list[Output]:
+    """Several outputs of one request as one for each of its replies."""
+    replies: dict[int, list[Output]] = {}
+    for output in outputs:
+        replies.setdefault(output.index, []).append(output)
+    return [
+        replace(
+            parts[-1],
+            tokens=[token for part in parts for token in part.tokens],
+            logprobs=[logprob for part in parts for logprob in part.logprobs],
+            top=[top for part in parts for top in part.top],
+        )
+        for parts in replies.values()
+    ]

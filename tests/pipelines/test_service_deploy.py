@@ -26,7 +26,7 @@ from pipelines.plan import plan
 from pipelines.service.bundle import RefusedError, find_bundle
 from pipelines.service.deploy import check_port, example, serve
 from tests.served import REPLY_TOKENS, build, write_file
-from tests.serving import sse, tiny_model
+from tests.serving import sse, tiny_runner
 
 HELLO = [{"role": "user", "content": "Hi"}]
 
@@ -198,7 +198,7 @@ def seed_of_a_long_reply() -> int:
     """A seed with which the random model says as much as it may."""
     for seed in range(10_000):
         params = SampleParams(REPLY_TOKENS, temperature=0.8, seed=seed, stop=tuple(range(256, 265)))
-        worker = Engine(tiny_model())
+        worker = Engine(tiny_runner())
         worker.add([256, 257, *b"Hi", 258, 259], params)
         while outputs := worker.step():
             if outputs[0].finish == "length":
@@ -230,6 +230,9 @@ def test_the_official_client_through_ray_serve(program: Program) -> None:
     assert httpx.post(f"{program.url}/v1/chat/completions", content=b"[" * 200_000).status_code == 400
     assert httpx.post(f"{program.url}/v1/chat/completions", content=b" " * 2_000_000).status_code == 413
     assert "<title>nanochat</title>" in httpx.get(program.url).text
+    several = api.completions.create(model="tiny-base", prompt=["Hi", "Yo"], n=2, seed=5, max_tokens=5, logprobs=1)
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    assert 'vllm:request_success_total{engine="0",' in httpx.get(f"{program.url}/metrics").text
 
 
 @pytest.mark.ray
@@ -315,13 +318,14 @@ with ray_running(None, 2, dashboard=False):
                 pass
             time.sleep(1.5)
             after = replica.stats.remote().result()
-            assert (after.running, after.waiting, after.kv_reserved) == (0, 0, 0), after
-            assert after.new_tokens - before.new_tokens < 100, (before, after)
+            assert (after.num_requests_running, after.num_requests_waiting) == (0, 0), after
+            assert after.generation_tokens - before.generation_tokens < 100, (before, after)
     try:
         with deployed(dataclasses.replace(bundle, dtype="int3"), capacity):
             raise AssertionError("it came up")
     except RefusedError as error:
-        assert str(error) == "the service did not come up: KeyError: 'int3'", error
+        said = "the service did not come up: ValueError: precision is 'int3'; use 'fp32', 'bf16' or 'int8'"
+        assert str(error) == said, error
 """
 
 

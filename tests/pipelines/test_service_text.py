@@ -61,6 +61,41 @@ def test_nothing_is_held_back_without_need() -> None:
     assert stream.push("€".encode()[2:]) == "€"
 
 
+@pytest.mark.parametrize(
+    ("stops", "pieces", "said"),
+    [
+        (["STOP"], ["a", "S", "TO", "P", "b"], ["a", "", "", "", ""]),  # over three tokens
+        (["STOP"], ["a", "ST", "OR", "E"], ["a", "", "STOR", "E"]),  # it was none
+        (["abcd", "bc"], ["xab", "c", "d"], ["x", "a", ""]),  # ends inside what another has begun
+        (["abcd", "ab"], ["ab", "cd"], ["", ""]),  # the one completed first, not the longest
+        (["aab"], ["aa", "a", "ab"], ["", "a", "a"]),  # overlaps itself
+        (["aba", "bab"], ["ab", "ab"], ["", ""]),  # one overlaps the other
+        (["bb", "abb"], ["ab", "b"], ["", ""]),  # two at once: the longer one goes
+        (["\n\n"], ["a\n", "b\n", "\nc"], ["a", "\nb", ""]),
+    ],
+)
+def test_stops_across_tokens(stops: list[str], pieces: list[str], said: list[str]) -> None:
+    stream = TextStream(stops)
+    assert [stream.push(piece.encode()) for piece in pieces] == said
+
+
+def test_a_character_of_four_bytes_comes_whole_and_may_be_a_stop() -> None:
+    smile = "\N{GRINNING FACE}"
+    for stops, text in (([], f"a{smile}b"), ([smile], "a"), (["\N{WINKING FACE}"], f"a{smile}b")):
+        stream = TextStream(stops)
+        said = [stream.push(bytes([byte])) for byte in f"a{smile}b".encode()]
+        assert said[:4] == ["a", "", "", ""]
+        assert "".join(said) == text
+
+
+def test_what_is_held_at_the_end_is_said() -> None:
+    stream = TextStream(["STOP"])
+    assert stream.push(b"a STO") == "a "
+    assert stream.push(b"", last=True) == "STO"
+    stream = TextStream()
+    assert stream.push("é".encode()[:1], last=True) == "\N{REPLACEMENT CHARACTER}"
+
+
 def test_after_a_stop_there_is_silence() -> None:
     stream = TextStream(["."])
     assert stream.push(b"a.b") == "a"

@@ -12,11 +12,12 @@ import pytest
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampler import SampleParams
 from nanochat.engine.sequence import Output
-from pipelines.service.protocol import MAX_BODY_BYTES, ReplicaLostError
+from pipelines.service.protocol import ReplicaLostError
+from pipelines.service.requests import MOST_BODY_BYTES
 from pipelines.service.web import make_app
 from pipelines.service.worker import Worker
 from tests.reference.generate import generate
-from tests.serving import CARD, ByteVocabulary, Scripted, running, sse, tiny_model, wait_until
+from tests.serving import CARD, ByteVocabulary, Scripted, running, sse, tiny_model, tiny_runner, wait_until
 
 HELLO = [{"role": "user", "content": "Hi"}]
 PROMPT = [256, 257, *b"Hi", 258, 259]
@@ -37,7 +38,7 @@ def client(url: str) -> openai.OpenAI:
 
 @pytest.fixture(scope="module")
 def engine_url() -> Iterator[str]:
-    worker = Worker(Engine(tiny_model(), max_batch=4, kv_tokens=512))
+    worker = Worker(Engine(tiny_runner(512), max_batch=4))
     try:
         with serving(worker) as url:
             yield url
@@ -99,7 +100,7 @@ def test_the_official_client_understands_the_errors(engine_url: str) -> None:
     with pytest.raises(openai.NotFoundError):
         api.models.retrieve("gpt-5")
     with pytest.raises(openai.BadRequestError) as unsupported:
-        api.chat.completions.create(model=CARD.id, messages=HELLO, n=2)
+        api.chat.completions.create(model=CARD.id, messages=HELLO, n=17)
     assert unsupported.value.param == "n"
     with pytest.raises(openai.BadRequestError) as long:
         api.chat.completions.create(model=CARD.id, messages=[{"role": "user", "content": "x" * 125}])
@@ -208,7 +209,7 @@ def test_bodies_that_are_broken_or_too_large(engine_url: str) -> None:
         answer = httpx.post(url, content=data)
         assert answer.status_code == 400
         assert answer.json()["error"]["type"] == "invalid_request_error"
-    assert httpx.post(url, content=b" " * (MAX_BODY_BYTES + 1)).status_code == 413
+    assert httpx.post(url, content=b" " * (MOST_BODY_BYTES + 1)).status_code == 413
     chunked = httpx.post(url, content=iter([b" " * 65_536] * 17))  # its length is not told beforehand
     assert (chunked.status_code, chunked.json()["error"]["code"]) == (413, "request_too_large")
 
@@ -236,7 +237,7 @@ def test_health_is_a_real_forward_pass(engine_url: str) -> None:
 
 
 def test_health_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipelines.service.web.HEALTH_TIMEOUT_S", 0.1)
+    monkeypatch.setattr("pipelines.service.replies.HEALTH_TIMEOUT_S", 0.1)
     backend = Scripted("a", pause_s=5)
     with serving(backend) as url:
         answer = httpx.get(f"{url}/health")
@@ -263,11 +264,11 @@ def test_the_page_may_load_nothing_but_itself(engine_url: str) -> None:
 def test_a_dead_engine_is_told_to_everybody(caplog: pytest.LogCaptureFixture) -> None:
     class Poisoned(Engine):
         def step(self) -> list[Output]:
-            if self.stats().waiting:
+            if self.stats().num_requests_waiting:
                 raise FloatingPointError("logits are not finite")
             return super().step()
 
-    worker = Worker(Poisoned(tiny_model()))
+    worker = Worker(Poisoned(tiny_runner()))
     with serving(worker) as url:
         assert ask(url).status_code == 503  # the request that broke it
         assert ask(url).status_code == 503  # and those after it

@@ -13,7 +13,7 @@ from nanochat.engine.sequence import Output
 from pipelines.service.protocol import ReplicaLostError
 from pipelines.service.worker import Worker
 from tests.reference.generate import generate
-from tests.serving import tiny_model
+from tests.serving import tiny_model, tiny_runner
 
 
 async def whole(worker: Worker, prompt: list[int], params: SampleParams) -> list[int]:
@@ -22,7 +22,7 @@ async def whole(worker: Worker, prompt: list[int], params: SampleParams) -> list
 
 async def idle(worker: Worker) -> None:
     async with asyncio.timeout(5):
-        while (stats := worker.stats()).running or stats.waiting or stats.kv_reserved:
+        while (stats := worker.load()).num_requests_running or stats.num_requests_waiting:
             await asyncio.sleep(0.01)
 
 
@@ -32,7 +32,7 @@ def test_many_callers_get_what_each_would_get_alone() -> None:
         ([draw.randrange(256) for _ in range(draw.randint(1, 30))], SampleParams(draw.randint(1, 15), seed=n))
         for n in range(10)
     ]
-    worker = Worker(Engine(tiny_model(), max_batch=3, kv_tokens=90))
+    worker = Worker(Engine(tiny_runner(96), max_batch=3))
 
     async def ask_all() -> list[list[int]]:
         return await asyncio.gather(*(whole(worker, *one) for one in asked))
@@ -50,7 +50,7 @@ class Slow(Engine):
 
 
 def test_a_caller_that_leaves_frees_its_place() -> None:
-    worker = Worker(Slow(tiny_model(), max_batch=1))
+    worker = Worker(Slow(tiny_runner(), max_batch=1))
 
     async def leave_and_ask() -> tuple[list[int], list[int]]:
         async with aclosing(worker.generate([1], SampleParams(100, seed=1))) as outputs:
@@ -60,7 +60,7 @@ def test_a_caller_that_leaves_frees_its_place() -> None:
         waiting.cancel()
         reply = await whole(worker, [3], SampleParams(5, seed=1))
         await idle(worker)
-        assert worker.stats().new_tokens < 50, "it went on though its caller had left"  # of 205
+        assert worker.load().generation_tokens < 50, "it went on though its caller had left"  # of 205
         return reply, generate(tiny_model(), [3], SampleParams(5, seed=1))
 
     reply, expected = asyncio.run(leave_and_ask())
@@ -69,7 +69,7 @@ def test_a_caller_that_leaves_frees_its_place() -> None:
 
 
 def test_a_closed_loop_frees_the_place_too() -> None:
-    worker = Worker(Engine(tiny_model(), max_batch=1))
+    worker = Worker(Engine(tiny_runner(), max_batch=1))
     loop = asyncio.new_event_loop()
     outputs = worker.generate([1], SampleParams(120, seed=1))
     loop.run_until_complete(anext(outputs))
@@ -80,7 +80,7 @@ def test_a_closed_loop_frees_the_place_too() -> None:
 
 
 def test_a_bad_request_is_its_callers_problem_only() -> None:
-    worker = Worker(Engine(tiny_model()))
+    worker = Worker(Engine(tiny_runner()))
 
     async def ask() -> list[int]:
         with pytest.raises(ValueError, match=r"^tokens is empty"):
@@ -92,7 +92,7 @@ def test_a_bad_request_is_its_callers_problem_only() -> None:
 
 
 def test_closing_ends_what_runs_and_refuses_what_comes() -> None:
-    worker = Worker(Engine(tiny_model()))
+    worker = Worker(Engine(tiny_runner()))
 
     async def ask() -> None:
         outputs = worker.generate([1], SampleParams(120, seed=1))

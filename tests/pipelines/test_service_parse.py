@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
-from pipelines.service.protocol import NEUTRAL, ApiError, Limits, parse
+from pipelines.service.parse import parse_chat, parse_completion
+from pipelines.service.protocol import ApiError, Limits
+from pipelines.service.requests import MOST_DEPTH, NEUTRAL_CHAT, NEUTRAL_COMPLETION
 
 LIMITS = Limits("tiny-chat", 64, 0.8)
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -17,43 +19,47 @@ def body(**more: Any) -> bytes:
 
 def refusal(data: bytes) -> tuple[int, Any, Any, str]:
     with pytest.raises(ApiError) as caught:
-        parse(data, LIMITS)
+        parse_chat(data, LIMITS)
     error = caught.value.body["error"]
     assert error["type"] == "invalid_request_error"
     return caught.value.status, error["param"], error["code"], error["message"]
 
 
 def test_the_defaults_are_the_services() -> None:
-    ask = parse(body(), LIMITS)
+    ask = parse_chat(body(), LIMITS)
     assert ask.messages == HELLO
     assert (ask.params.max_tokens, ask.params.temperature, ask.params.seed) == (64, 0.8, None)
     assert (ask.stop, ask.stream, ask.include_usage) == ((), False, False)
 
 
 def test_every_setting_arrives() -> None:
-    ask = parse(
+    ask = parse_chat(
         body(temperature=0, top_p=0.5, top_k=7, seed=-1, max_tokens=3, stop=["a", "b"], stream=True,
              stream_options={"include_usage": True}),
         LIMITS,
     )  # fmt: skip
     params = ask.params
+    more = parse_chat(body(min_p=0.1, repetition_penalty=1.2, n=3, logprobs=True, top_logprobs=2), LIMITS).params
+    assert (more.min_p, more.repetition_penalty, more.n, more.logprobs) == (0.1, 1.2, 3, 2)
+    assert parse_chat(body(logprobs=True), LIMITS).params.logprobs == 0
+    assert parse_chat(body(logprobs=False, top_logprobs=0), LIMITS).params.logprobs is None
     assert (params.temperature, params.top_p, params.top_k, params.seed) == (0, 0.5, 7, 2**64 - 1)
     assert (params.max_tokens, ask.stop, ask.stream, ask.include_usage) == (3, ("a", "b"), True, True)
-    assert parse(body(max_completion_tokens=5), LIMITS).params.max_tokens == 5
-    assert parse(body(stop="x"), LIMITS).stop == ("x",)
+    assert parse_chat(body(max_completion_tokens=5.0), LIMITS).params.max_tokens == 5
+    assert parse_chat(body(stop="x"), LIMITS).stop == ("x",)
 
 
 def test_null_means_not_given() -> None:
-    names = ["temperature", "top_p", "top_k", "seed", "max_tokens", "stop", "stream", "stream_options", *NEUTRAL]
-    assert parse(body(**dict.fromkeys(names)), LIMITS) == parse(body(), LIMITS)
+    names = ["temperature", "top_p", "top_k", "seed", "max_tokens", "stop", "stream", "stream_options", *NEUTRAL_CHAT]
+    assert parse_chat(body(**dict.fromkeys(names)), LIMITS) == parse_chat(body(), LIMITS)
 
 
 def test_what_asks_for_nothing_is_accepted() -> None:
-    plain = parse(body(), LIMITS)
-    for name, values in NEUTRAL.items():
+    plain = parse_chat(body(), LIMITS)
+    for name, values in NEUTRAL_CHAT.items():
         for value in values:
-            assert parse(body(**{name: value}), LIMITS) == plain
-    assert parse(body(user="me", frequency_penalty=0.0), LIMITS) == plain
+            assert parse_chat(body(**{name: value}), LIMITS) == plain
+    assert parse_chat(body(user="me", frequency_penalty=0.0), LIMITS) == plain
 
 
 @pytest.mark.parametrize(
@@ -63,11 +69,6 @@ def test_what_asks_for_nothing_is_accepted() -> None:
         ("tool_choice", "required"),
         ("functions", [{}]),
         ("response_format", {"type": "json_object"}),
-        ("n", 2),
-        ("n", True),
-        ("logprobs", True),
-        ("logprobs", 0),
-        ("top_logprobs", 3),
         ("presence_penalty", 0.5),
         ("frequency_penalty", -1),
         ("logit_bias", {"5": 1}),
@@ -86,6 +87,17 @@ def test_an_unknown_parameter_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "param"),
     [
+        ({"n": 0}, "n"),
+        ({"n": 17}, "n"),
+        ({"n": True}, "n"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"top_k": 2**31}, "top_k"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": 10**400}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": 2.1}, "temperature"),
@@ -142,7 +154,7 @@ def test_what_is_no_chat_is_refused(messages: Any) -> None:
 def test_text_parts_and_developer_messages_are_understood() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     chat = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": parts, "name": "Ann"}]
-    assert parse(body(messages=chat), LIMITS).messages == [{"role": "system", "content": "Be kind."}, *HELLO]
+    assert parse_chat(body(messages=chat), LIMITS).messages == [{"role": "system", "content": "Be kind."}, *HELLO]
 
 
 @pytest.mark.parametrize(
@@ -169,3 +181,71 @@ def test_a_broken_body_is_400(data: bytes, said: str) -> None:
 def test_another_model_is_404() -> None:
     assert refusal(body(model="gpt-5"))[:3] == (404, "model", "model_not_found")
     assert refusal(body(model=None))[:2] == (400, "model")
+
+
+def test_nesting_is_limited_where_it_is_said_to_be() -> None:
+    def nested(depth: int) -> Any:  # the body itself and `metadata` make two
+        return {} if depth == 2 else {"a": nested(depth - 1)}
+
+    assert parse_chat(body(metadata=nested(MOST_DEPTH)), LIMITS) == parse_chat(body(), LIMITS)
+    assert "more than 32" in refusal(body(metadata=nested(MOST_DEPTH + 1)))[3]
+
+
+def test_all_faults_are_told_at_once() -> None:
+    status, param, _, message = refusal(body(messages=[{"role": "user", "content": 5}], temperature=3, n=0))
+    assert (status, param) == (400, "temperature")
+    assert message == (
+        "temperature is 3; it should be less than or equal to 2; n is 0; it should be greater than or equal to 1; "
+        "messages[0].content must be a text, or a list of parts like {'type': 'text', 'text': '...'}; "
+        "only text is supported"
+    )
+
+
+def completion(**more: Any) -> bytes:
+    return json.dumps({"model": "tiny-chat", **more}).encode()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [("Hi", ["Hi"]), ("", [""]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
+)
+def test_the_four_forms_of_a_prompt(prompt: Any, prompts: Any) -> None:
+    ask = parse_completion(completion(prompt=prompt), LIMITS)
+    assert (ask.prompts, ask.params.max_tokens, ask.params.logprobs) == (prompts, 16, None)
+
+
+def test_the_settings_of_a_completion() -> None:
+    more = {"max_tokens": 64, "n": 2, "best_of": 2, "logprobs": 5, "stop": "x", "echo": False, "seed": 3}
+    ask = parse_completion(completion(prompt="a", **more), LIMITS)
+    assert (ask.params.max_tokens, ask.params.n, ask.params.logprobs, ask.stop) == (64, 2, 5, ("x",))
+    nothing = completion(prompt="a", **dict.fromkeys(NEUTRAL_COMPLETION))
+    assert parse_completion(nothing, LIMITS) == parse_completion(completion(prompt="a"), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": [True]}, "prompt"),
+        ({"prompt": ["a"] * 33}, "prompt"),
+        ({"prompt": ["a"] * 32, "n": 3}, "n"),
+        ({"prompt": "a", "echo": True}, "echo"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"),
+        ({"prompt": "a", "best_of": 2}, "best_of"),
+        ({"prompt": "a", "logprobs": True}, "logprobs"),
+        ({"prompt": "a", "logprobs": 6}, "logprobs"),
+        ({"prompt": "a", "max_tokens": 65}, "max_tokens"),
+        ({"prompt": "a", "messages": []}, "messages"),
+        ({"prompt": "a", "tools": []}, "tools"),
+    ],
+)
+def test_a_wrong_completion_is_named(settings: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_completion(completion(**settings), LIMITS)
+    assert (caught.value.status, caught.value.body["error"]["param"]) == (400, param)
+    assert param in caught.value.body["error"]["message"]
