@@ -59,7 +59,7 @@ class Team {
 
  private:
   static constexpr int SPINS = 1000;                              // about 20 us
-  static constexpr auto AWAKE = std::chrono::microseconds(50);  // then a worker sleeps until there is a job
+  static constexpr auto AWAKE = std::chrono::microseconds(300);  // longer than the engine thinks between steps; then a worker sleeps
 
   void wake() {
     jobs_.fetch_add(1, std::memory_order_release);
