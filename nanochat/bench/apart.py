@@ -1,7 +1,8 @@
-"""Two measurements beside the speed: from a process's start to its first token, and how many replies others change."""
+"""Beside the speed: from a process's start to its first token, a chat's turns, and how many replies others change."""
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -40,6 +41,29 @@ def starts(args: argparse.Namespace) -> Iterator[Measurement]:
             more = {"precision": precision, "prompt_tokens": args.prompt, **told}
             case = f"depth {args.config.depth}, {precision}, start"
             yield measurement("decode", case, seconds[1:], args, more, unit="s")
+
+
+def chats(args: argparse.Namespace) -> Iterator[Measurement]:
+    """Seconds to the first token of a chat's last turn, beside those of its second."""
+    for precision in args.precision:
+        setup = setup_of(args, precision, args.turns * (args.prompt + args.new), 1)
+        with Worker(Ours, setup) as worker:
+            runs = [worker.ask("chat", args.turns, args.prompt, args.new, seed) for seed in range(args.runs + 1)][1:]
+            told = worker.ask("told")
+        by_turn = list(zip(*runs, strict=True))
+        ttft = [statistics.median(first_s for first_s, _ in turn) for turn in by_turn]
+        more = {
+            "precision": precision,
+            "turns": args.turns,
+            "asked_tokens": args.prompt,
+            "answered_tokens": args.new,
+            "ttft_s": ttft,
+            "computed_tokens": [computed for _, computed in runs[0]],
+            **told,
+        }
+        case = f"depth {args.config.depth}, {precision}, turn {args.turns} of a chat"
+        last = measurement("decode", case, [first_s for first_s, _ in by_turn[-1]], args, more, unit="s")
+        yield last.against("turn 2", [first_s for first_s, _ in by_turn[1]])
 
 
 def write_random(config: ModelConfig, vocab_size: int, folder: Path) -> None:

@@ -62,9 +62,16 @@ def measure(args: argparse.Namespace) -> Iterator[Measurement]:
         yield from apart.starts(args)
     if args.mixed:
         yield from apart.mixed(args)
-    if not (args.trained or args.lengths or args.start or args.mixed):
+    if args.turns:
+        yield from apart.chats(args)
+    if not _instead(args):
         yield from speed.batches(args)
         yield from speed.prefill(args)
+
+
+def _instead(args: argparse.Namespace) -> bool:
+    """Whether something else than the batches is asked for."""
+    return bool(args.trained or args.lengths or args.start or args.mixed or args.turns)
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -83,8 +90,12 @@ def settle(args: argparse.Namespace) -> None:
         raise ValueError("--plot draws what --lengths measures; give both")
     if bool(args.trained) != bool(args.text):
         raise ValueError("--trained needs --text, and --text needs --trained: a bundle, and texts it has not seen")
-    if args.against and (args.trained or args.lengths or args.start or args.mixed):
-        raise ValueError("--against compares batches and prefill; leave out --trained, --lengths, --start and --mixed")
+    if args.turns == 1:
+        raise ValueError("--turns is 1; the last turn of a chat is compared with its second, so use 2 or more")
+    if args.against and _instead(args):
+        raise ValueError(
+            "--against compares batches and prefill; leave out --trained, --lengths, --start, --mixed and --turns"
+        )
     for option, module in ((args.plot, "matplotlib"), (args.against, "transformers")):
         if option and not find_spec(module):
             raise ValueError(f"{module} is not installed here; install it, or leave out {option}")
@@ -129,6 +140,8 @@ def _longest(args: argparse.Namespace) -> int:
         texts.append((args.prompt, args.new, 1))
     if args.mixed:
         texts.append((args.prompt, args.new, max(args.batch)))
+    if args.turns:
+        texts.append((args.turns * (args.prompt + args.new), 1, 1))
     if not texts:
         texts = [(args.prompt, args.new, batch) for batch in args.batch]
         texts += [(args.prefill, 1, 1)] if args.prefill else []
@@ -193,6 +206,11 @@ def _options() -> argparse.ArgumentParser:
         type=whole,
         metavar="REQUESTS",
         help="share of so many requests that get other tokens among others than alone",
+    )
+    add(
+        "--turns",
+        type=whole,
+        help="time to the first token of the last of so many turns of a chat; each asks --prompt tokens, gets --new",
     )
     add(
         "--trained",

@@ -43,9 +43,10 @@ class Measurement:
         return row | more
 
     def against(self, baseline: str, rates: Sequence[float]) -> "Measurement":
-        """The same beside the tokens/s that the baseline's runs made."""
+        """The same beside the tokens/s, or the seconds, that the baseline's runs made."""
         other = statistics.median(rates)
-        return replace(self, baseline=baseline, baseline_value=other, ratio=self.value / other)
+        ratio = other / self.value if self.unit == "s" else self.value / other
+        return replace(self, baseline=baseline, baseline_value=other, ratio=ratio)
 
 
 def measurement(

@@ -76,6 +76,26 @@ class Ours:
             preempted=engine.stats().num_preemptions - before.num_preemptions,
         )
 
+    def chat(self, turns: int, asked: int, answered: int, seed: int) -> list[tuple[float, int]]:
+        """Of each turn: seconds to its first token, and tokens whose keys it computed.
+
+        A turn asks so many random tokens after all that was said before, and gets so many for an answer.
+        """
+        draw, engine = np.random.default_rng(seed), self._new_engine(1)
+        text: list[int] = []
+        found = []
+        for _ in range(turns):
+            text += draw.integers(self._setup.vocab_size, size=asked).tolist()
+            before, end, first_s = engine.stats().computed_tokens, len(text) + answered, 0.0
+            began = time.perf_counter()
+            engine.add(list(text), SampleParams(max_tokens=answered, temperature=0))
+            while len(text) < end:
+                for output in engine.step():
+                    first_s = first_s or time.perf_counter() - began
+                    text += output.tokens
+            found.append((first_s, engine.stats().computed_tokens - before))
+        return found
+
     def differing(self, requests: int, longest: int, new: int) -> dict[str, float]:
         """Share of requests that get other tokens among many than alone; half are greedy, half are drawn by seed.
 

@@ -91,7 +91,8 @@ def check_shape(row: dict[str, Any], name: str, unit: str = "tokens/s") -> None:
     if row["baseline"] is None:
         assert (row["baseline_value"], row["ratio"]) == (None, None)
     else:
-        assert row["ratio"] == pytest.approx(row["value"] / row["baseline_value"])
+        gain = row["value"] / row["baseline_value"]
+        assert row["ratio"] == pytest.approx(1 / gain if unit == "s" else gain)
 
 
 def test_a_json_line_a_measurement(bench: Bench) -> None:
@@ -191,6 +192,15 @@ def test_start_and_other_tokens(bench: Bench) -> None:
     assert (other["batch"], other["requests"]) == (3, 4)
 
 
+def test_a_chat_computes_each_token_once(bench: Bench) -> None:
+    [row] = bench.rows("decode", *DECODE, "--turns", "4", "--prompt", "9", "--new", "5", "--context", "128")
+    check_shape(row, "decode", "s")
+    assert row["baseline"] == "turn 2"
+    assert row["computed_tokens"] == [13, 14, 14, 14]  # an answer's last token is computed by the next turn
+    assert len(row["ttft_s"]) == 4
+    assert all(seconds > 0 for seconds in row["ttft_s"])
+
+
 def test_replies_that_others_change_are_counted(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     class Crowded:
         """The likeliest token is the number of sequences in the step."""
@@ -284,7 +294,8 @@ def test_training_does_not_count_the_warm_up() -> None:
         (("--plot", "p.png"), "--plot draws what --lengths measures"),
         (("--trained", "bundle"), "--trained needs --text"),
         (("--text", "a.txt"), "--text needs --trained"),
-        (("--against", "transformers", "--start"), "leave out --trained, --lengths, --start and --mixed"),
+        (("--against", "transformers", "--start"), "leave out --trained, --lengths, --start, --mixed and --turns"),
+        (("--turns", "1"), "--turns is 1; the last turn of a chat is compared with its second"),
         (("--trained", "no-such", "--text", "a.txt"), "No such file or directory: 'no-such/config.json'"),
         (("--trained", "no-such", "--text", "a.txt", "--kv-heads", "1"), "leave out --kv-heads"),
         pytest.param(
