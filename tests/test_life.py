@@ -6,6 +6,8 @@ One quickstart (minutes) serves all tests here: what it built is looked at, run 
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from nanochat.engine.sampler import SampleParams
 from nanochat.files import Folder
 from nanochat.tokenizer import Vocabulary
 from pipelines import stdlib
-from tests.commands import TINY, left_over, nanochat, plan
+from tests.commands import ROOT, TINY, environment, left_over, nanochat, plan
 
 pytestmark = [pytest.mark.life, pytest.mark.ray]
 
@@ -114,6 +116,19 @@ def test_greedy_answers_are_the_same_in_transformers(bundle: Path) -> None:
             do_sample=False,
         )
         assert generated[0, len(prompt) :].tolist() == said
+
+
+def test_int8_halves_the_matrices_and_keeps_the_bits(life: dict[str, Any]) -> None:
+    steps = plan(life["home"], {})
+    command = [sys.executable, "-m", "nanochat.bench.decode", "--trained", steps["base"]["path"], "--runs", "1"]
+    command += ["--text", steps["corpus"]["path"], "--precision", "fp32", "bf16", "int8", "--json"]
+    done = subprocess.run(command, env=environment(life["home"]), capture_output=True, text=True, check=True, cwd=ROOT)
+    rows = {row["precision"]: row for row in map(json.loads, done.stdout.splitlines())}
+    score = report(life["home"])["base_report"]["metrics"]["val_bpb"]
+    assert rows["fp32"]["bits_per_byte"] == pytest.approx(score, rel=1e-5)  # sums in another order
+    assert rows["bf16"]["bits_per_byte"] == pytest.approx(score, rel=2e-3)
+    assert rows["int8"]["bits_per_byte"] <= 1.01 * rows["bf16"]["bits_per_byte"]
+    assert rows["int8"]["weight_bytes"] < 0.52 * rows["bf16"]["weight_bytes"]  # scales beside the whole numbers
 
 
 def test_token_ids_are_the_same_in_transformers(bundle: Path) -> None:

@@ -5,9 +5,9 @@ hands out a budget of tokens so that the second catch up with the first. Chunked
 speculation all follow from it.  Source: vLLM's scheduler (v1).
 
 Running sequences are older than all waiting ones. Whoever lacks one token comes first, so a long prompt never starves
-a reply; then prompts, in order of arrival; then whoever waits, in order of arrival; drafts get what is left. Without a
-free block, the youngest running sequence gives up its own and waits again, unless it is itself the one that needs
-it: then it pauses. So the oldest always goes on, and there is no step without work while there is work.
+a reply; then prompts, in order of arrival; then whoever waits, in order of arrival; where few run, drafts get what is
+left. Without a free block, the youngest running sequence gives up its own and waits again, unless it is itself the one
+that needs it: then it pauses. So the oldest always goes on, and there is no step without work while there is work.
 """
 
 import heapq
@@ -18,6 +18,10 @@ import numpy as np
 from nanochat.engine.blocks import TOKEN_BYTES, BlockPool, common_tokens, parent_digest
 from nanochat.engine.runner import BLOCK, Ints
 from nanochat.engine.sequence import Sequence
+
+# Sequences in a step up to which drafts are made. A further row costs about 0.05 steps (docs/LOG.md), so among four
+# sequences a fifth of a token: the price at which a lookup guesses (speculate.PRICE).
+FEW = 4
 
 
 class Scheduler:
@@ -86,7 +90,7 @@ class Scheduler:
             if not self.pool.fits(sequence):
                 break
             self._admit(sequence)
-        if self._speculate and self._left:
+        if self._speculate and self._left and len(self._chunks) <= FEW:
             self._draft()
         return self._chunks, self._copies
 

@@ -230,6 +230,18 @@ def test_drafts_take_what_is_left_of_the_budget_and_never_anothers_block() -> No
     assert tight.stats.num_preemptions == 0
 
 
+@pytest.mark.usefixtures("_guesses")
+@pytest.mark.parametrize(("replies", "rows"), [(4, 4 * 3), (5, 5)])
+def test_drafts_are_made_where_few_run(replies: int, rows: int) -> None:
+    bench = Bench(speculate=2)
+    for token in range(2, 2 + replies):
+        bench.ask(5, token, max_tokens=50)
+    bench.step()
+    batch, _ = bench.step()
+    assert batch is not None
+    assert len(batch.tokens) == rows
+
+
 def test_times_and_sizes_are_counted_by_the_clock() -> None:
     bench = Bench(max_batch=1, step_tokens=16)
     bench.ask(20, 2, max_tokens=3)

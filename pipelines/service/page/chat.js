@@ -231,11 +231,10 @@ class Clock {
 
   stats(tokens) {
     if (!this.#first) return "";
-    const seconds = (this.#last - this.#first) / 1000;
+    const seconds = (this.#last - this.#began) / 1000; // the wait included: a short answer comes in one piece
     const first = `first after ${((this.#first - this.#began) / 1000).toFixed(2)} s`;
     if (!tokens) return first;
-    const speed = tokens > 1 && seconds > 0 ? [`${rounded((tokens - 1) / seconds)} tokens/s`] : [];
-    return [`${tokens} ${tokens === 1 ? "token" : "tokens"}`, ...speed, first].join(", ");
+    return [`${tokens} ${tokens === 1 ? "token" : "tokens"}`, `${rounded(tokens / seconds)} tokens/s`, first].join(", ");
   }
 }
 
