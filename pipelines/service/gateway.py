@@ -13,6 +13,7 @@ from nanochat.engine.sequence import Output
 from nanochat.engine.stats import Stats
 from nanochat.files import Files
 from nanochat.tokenizer import Vocabulary
+from pipelines.service.failover import Continued
 from pipelines.service.protocol import Card, ReplicaLostError
 from pipelines.service.web import make_app
 
@@ -54,7 +55,7 @@ class Gateway:
     """One HTTP front; holds the vocabulary, so replicas see tokens only."""
 
     def __init__(self, replica: DeploymentHandle, files: Files, card: Card) -> None:
-        self._backend, self._files, self._card = Replicas(replica), files, card
+        self._backend, self._files, self._card = Continued(Replicas(replica)), files, card
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Called by Serve, which has this name for it, where the gateway runs."""
