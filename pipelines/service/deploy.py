@@ -117,6 +117,7 @@ def _application(bundle: Bundle, capacity: Capacity, logs: Any) -> Any:
         "max_constructor_retry_count": 1,
         "health_check_period_s": 2,  # a replica that is gone is missed after this long
         "max_ongoing_requests": 4 * capacity.max_batch,  # the engine queues what does not run yet
+        "max_queued_requests": 4 * capacity.max_batch,  # in the gateway, when all replicas are full; then it is 429
         **DRAIN,
         "logging_config": logs,
     }

@@ -1,11 +1,12 @@
 """The HTTP service behind Ray Serve: everything of web.py over replicas that may die."""
 
 from collections.abc import AsyncGenerator
+from contextlib import suppress
 
 from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
+from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
 from nanochat.engine.sampler import SampleParams
@@ -14,7 +15,7 @@ from nanochat.engine.stats import Stats
 from nanochat.files import Files
 from nanochat.tokenizer import Vocabulary
 from pipelines.service.failover import Continued
-from pipelines.service.protocol import Card, ReplicaLostError
+from pipelines.service.protocol import ApiError, Card, ReplicaLostError
 from pipelines.service.web import make_app
 
 STATS_TIMEOUT_S = 5
@@ -32,12 +33,15 @@ class Replicas:
         try:
             async for output in response:
                 yield output
+        except BackPressureError as error:
+            raise ApiError(429, "too many requests wait already; ask again in a moment", code="overloaded") from error
         except RayTaskError as error:  # what the replica's own code raised
             raise error.cause from error
         except (RayError, RayServeException) as error:
             raise ReplicaLostError(type(error).__name__) from error
         finally:
-            response.cancel()  # nothing happens if it has ended
+            with suppress(RayServeException):  # said again for a request that was never let in
+                response.cancel()  # nothing happens if it has ended
 
     async def stats(self) -> list[Stats]:
         """As Backend.stats; a replica that does not answer is left out."""

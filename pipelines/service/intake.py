@@ -66,7 +66,7 @@ async def left(request: Request) -> None:
 def error_response(error: ApiError) -> Response:
     """An error in OpenAI's shape. Where a body may be on its way that nobody reads, the connection ends with it."""
     headers = {"Connection": "close"} if error.status in (408, 413, 415, 431) else {}
-    if error.status == 503:
+    if error.status in (429, 503):
         headers["Retry-After"] = "2"
     return JSONResponse(error.body, error.status, headers)
 

@@ -29,7 +29,7 @@ ERROR = {
             "required": ["message", "type", "param", "code"],
             "properties": {
                 "message": {"type": "string"},
-                "type": {"enum": ["invalid_request_error", "server_error"]},
+                "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
                 "param": {"type": ["string", "null"], "description": "The field of the body at fault."},
                 "code": {"type": ["string", "null"]},
             },
@@ -43,6 +43,7 @@ ERRORS = {
     "408": "The body did not come.",
     "413": f"The body is larger than {MOST_BODY_BYTES} bytes.",
     "415": "The body is not application/json.",
+    "429": "Too many requests wait already; ask again after Retry-After.",
     "431": "The headers are too large.",
     "500": "The service is at fault.",
     "503": "The replica that was answering is gone; ask again after Retry-After.",

@@ -32,6 +32,9 @@ class ReplicaLostError(RuntimeError):
     """The process that was answering is gone."""
 
 
+ERROR_TYPES = {429: "rate_limit_error"}
+
+
 class ApiError(Exception):
     """An answer in OpenAI's error shape."""
 
@@ -41,7 +44,7 @@ class ApiError(Exception):
         self.body = {
             "error": {
                 "message": message,
-                "type": "invalid_request_error" if status < 500 else "server_error",
+                "type": ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
                 "param": param,
                 "code": code,
             }

@@ -1,5 +1,6 @@
 """What `serve` refuses before Ray is started, what it says of the bundle, and the service on a real Ray Serve."""
 
+import asyncio
 import json
 import os
 import re
@@ -268,6 +269,23 @@ def text_of(stream: str) -> str:
     """The answer that a stream of events makes."""
     chunks = [json.loads(event) for event in sse(stream) if event != "[DONE]"]
     return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_flood_is_answered_or_told_to_come_back(program: Program) -> None:
+    body = {"model": "tiny-base", "messages": HELLO, "seed": seed_of_a_long_reply()}
+    url = f"{program.url}/v1/chat/completions"
+
+    async def flood() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=120, limits=httpx.Limits(max_connections=200)) as client:
+            return await asyncio.gather(*(client.post(url, json=body) for _ in range(200)))
+
+    answers = asyncio.run(flood())
+    kinds = {answer.status_code for answer in answers}
+    assert kinds == {200, 429}, {answer.text for answer in answers if answer.status_code not in (200, 429)}
+    assert len({answer.json()["choices"][0]["message"]["content"] for answer in answers if answer.is_success}) == 1
+    assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 429)
 
 
 @pytest.mark.ray

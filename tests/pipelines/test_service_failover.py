@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 
 from nanochat.engine.engine import Engine
@@ -12,10 +13,11 @@ from nanochat.engine.sampler import SampleParams
 from nanochat.engine.sequence import Output
 from nanochat.engine.stats import Stats
 from pipelines.service.failover import MOST_LOSSES, Continued
-from pipelines.service.protocol import ReplicaLostError
+from pipelines.service.protocol import ApiError, ReplicaLostError
+from pipelines.service.web import make_app
 from pipelines.service.worker import Worker
 from tests.reference.generate import generate
-from tests.serving import tiny_model, tiny_runner
+from tests.serving import CARD, ByteVocabulary, running, tiny_model, tiny_runner
 
 PROMPT = [1, 2, 3]
 
@@ -102,3 +104,20 @@ def test_several_replies_are_begun_again_only_if_nothing_was_said(worker: Worker
             tokens = [token for output in outputs if output.index == index for token in output.tokens]
             assert tokens == generate(tiny_model(), PROMPT, params, index=index)
     assert len(backend.asked) == tries
+
+
+def test_a_full_service_says_429_and_when_to_ask_again(worker: Worker) -> None:
+    class Full(Dying):
+        async def generate(self, tokens: list[int], params: SampleParams) -> AsyncGenerator[Output, None]:
+            self.asked.append((tokens, params))
+            raise ApiError(429, "too many requests wait already; ask again in a moment", code="overloaded")
+            yield  # never: it makes this a generator
+
+    backend = Full(worker, [])
+    with running(make_app(Continued(backend), ByteVocabulary(), CARD)) as url:
+        body = {"model": CARD.id, "messages": [{"role": "user", "content": "Hi"}]}
+        for stream in (False, True):
+            answer = httpx.post(f"{url}/v1/chat/completions", json={**body, "stream": stream})
+            assert (answer.status_code, answer.headers["retry-after"]) == (429, "2")
+            assert answer.json()["error"]["type"] == "rate_limit_error"
+    assert len(backend.asked) == 2, "a refused request was asked again"
