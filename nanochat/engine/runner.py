@@ -113,7 +113,10 @@ def make_runner(  # noqa: PLR0913 (each says what is served, or on what)
         try:
             return NativeRunner(config, vocab_size, fitting, precision=precision, blocks=blocks, threads=threads)
         except NoCompilerError as fault:
-            log.warning("Serving without the native kernel: torch's are several times slower (7 to 10 at depth 6). The reason: %s", fault)
+            log.warning(
+                "Serving without the native kernel: torch's are several times slower (7 to 10 at depth 6). The reason: %s",
+                fault,
+            )
     from nanochat.engine.torch_runner import TorchRunner
 
     torch.set_num_threads(threads)
