@@ -114,7 +114,7 @@ def make_runner(  # noqa: PLR0913 (each says what is served, or on what)
             return NativeRunner(config, vocab_size, fitting, precision=precision, blocks=blocks, threads=threads)
         except NoCompilerError as fault:
             log.warning(
-                "Serving without the native kernel: torch's are several times slower (7 to 10 at depth 6). The reason: %s",
+                "Serving without the native kernel: torch's are several times slower (7 to 10 at depth 6): %s",
                 fault,
             )
     from nanochat.engine.torch_runner import TorchRunner
