@@ -1,4 +1,5 @@
 # What a cluster runs: head and workers use this one image, so that every process has the same code and versions.
+# g++ compiles the engine's kernel for the processor it finds, at first use.
 # On Linux PyPI's torch carries CUDA; for a CPU image build with --build-arg TORCH_INDEX=<PyTorch's CPU index>.
 FROM python:3.11.14-slim-bookworm
 
@@ -6,7 +7,7 @@ ARG TORCH_INDEX=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 RAY_AUTH_MODE=token
 
 RUN apt-get update \
- && apt-get install --yes --no-install-recommends wget procps \
+ && apt-get install --yes --no-install-recommends g++ procps wget \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --create-home --uid 1000 ray
 

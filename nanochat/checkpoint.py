@@ -20,8 +20,8 @@ from torch import Tensor
 from nanochat.config import ModelConfig
 from nanochat.files import File, Files
 from nanochat.loss import CAP
-from nanochat.model import EPS, GPT, ROPE_BASE
-from nanochat.optim import Optimizer, check_names, copy_in
+from nanochat.model import EPS, GPT, ROPE_BASE, weight_shapes
+from nanochat.optim import Optimizer, check_shapes, copy_in
 from nanochat.weights import StoredWeights
 
 MODEL: Final = "model.safetensors"
@@ -72,8 +72,7 @@ def open_weights(files: Files) -> Iterator[tuple[ModelConfig, int, StoredWeights
             weights = StoredWeights(file)
         except ValueError as error:
             raise ValueError(f"{MODEL}: {error}") from error
-        with torch.device("meta"):
-            check_names(dict(GPT(config, vocab_size).named_parameters()), weights.shapes)
+        check_shapes(weight_shapes(config, vocab_size), weights.shapes)
         yield config, vocab_size, weights
 
 

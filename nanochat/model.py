@@ -173,6 +173,13 @@ class GPT(nn.Module):
         return self._cos[start:end].to(self.dtype), self._sin[start:end].to(self.dtype)
 
 
+def weight_shapes(config: ModelConfig, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Shape of every weight by its name in transformers, without the memory for any."""
+    with torch.device("meta"):
+        model = GPT(config, vocab_size)
+    return {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+
+
 def norm(x: Tensor) -> Tensor:
     """Root mean square 1 along the last axis; computed in fp32."""
     if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.requires_grad:
@@ -210,6 +217,9 @@ def rotary_table(positions: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions. x (B, T, H, D); the pairs are (i, i + D/2), turned clockwise as nanochat does."""
+    """Rotary positions. x (..., T, H, D), cos and sin (T, 1, D / 2).
+
+    The pairs are (i, i + D/2), turned clockwise as nanochat does.
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)

@@ -160,18 +160,18 @@ def build_optimizer(model: GPT, config: OptimConfig, precision: str) -> Optimize
 
 def copy_in(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
     """Copy given tensors into those of the same names. ValueError lists all that do not fit, before any is changed."""
-    check_names(own, {name: tuple(tensor.shape) for name, tensor in given.items()})
+    check_shapes(*({name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (own, given)))
     for name, tensor in own.items():
         tensor.copy_(given[name])
 
 
-def check_names(own: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """ValueError lists all names and shapes that are not those of `own`."""
-    faults = [f"{name} is missing" for name in sorted(own.keys() - shapes.keys())]
-    faults += [f"{name} is unknown here" for name in sorted(shapes.keys() - own.keys())]
-    for name in sorted(own.keys() & shapes.keys()):
-        if tuple(own[name].shape) != shapes[name]:
-            faults.append(f"{name} has shape {shapes[name]}, not {tuple(own[name].shape)}")
+def check_shapes(own: Mapping[str, tuple[int, ...]], given: Mapping[str, tuple[int, ...]]) -> None:
+    """ValueError lists all given names and shapes that are not `own`."""
+    faults = [f"{name} is missing" for name in sorted(own.keys() - given.keys())]
+    faults += [f"{name} is unknown here" for name in sorted(given.keys() - own.keys())]
+    for name in sorted(own.keys() & given.keys()):
+        if own[name] != given[name]:
+            faults.append(f"{name} has shape {given[name]}, not {own[name]}")
     if faults:
         raise ValueError("the tensors do not fit: " + "; ".join(faults))
 

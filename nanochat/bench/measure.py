@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from nanochat.engine.torch_runner import cpu_has_bf16
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -108,16 +110,9 @@ def parse(options: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpa
 
 
 def best_precision(device: str) -> str:
-    """bf16 where the processor has it."""
-    return "bf16" if has_bf16(device) else "fp32"
-
-
-def has_bf16(device: str) -> bool:
-    """Whether the processor multiplies bf16 itself; where it does not, torch's bf16 is slower than its fp32."""
-    if device == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able = torch.cpu.get_capabilities()
-    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    """bf16 where the device multiplies it itself."""
+    able = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_has_bf16()
+    return "bf16" if able else "fp32"
 
 
 def peak_bytes() -> int:

@@ -14,7 +14,7 @@ from nanochat.checkpoint import open_weights
 from nanochat.config import ModelConfig
 from nanochat.engine.runner import BLOCK, Precision
 from nanochat.files import Folder
-from nanochat.model import GPT
+from nanochat.model import weight_shapes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,9 +117,7 @@ class RandomWeights(Mapping[str, Tensor]):
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
-        with torch.device("meta"):
-            model = GPT(config, vocab_size)
-        self._shapes = {name: weight.shape for name, weight in model.named_parameters()}
+        self._shapes = weight_shapes(config, vocab_size)
         self._std = config.width**-0.5
 
     def __getitem__(self, name: str) -> Tensor:

@@ -20,15 +20,11 @@ TOKEN_BYTES = 4
 
 
 class BlockPool:
-    """Every block is blank (nothing in it that anybody could find), idle (findable, unused) or held by sequences.
+    """Every block is blank (nothing in it that anybody could find), idle (findable, unused) or held by sequences."""
 
-    share: whether sequences find each other's blocks; if not, none is ever idle.
-    """
-
-    def __init__(self, blocks: int, *, share: bool = True) -> None:
+    def __init__(self, blocks: int) -> None:
         assert blocks > 0, "a cache without blocks"
         self.size = blocks
-        self.share = share
         self._holders = [0] * blocks
         self._blank = list(range(blocks - 1, -1, -1))
         self._idle: OrderedDict[int, None] = OrderedDict()  # the next to be given up first
@@ -55,7 +51,7 @@ class BlockPool:
     def fits(self, sequence: Sequence) -> bool:
         """Whether a sequence without blocks could have all that its known tokens need."""
         shared = idle = 0
-        while self.share and (shared + 1) * BLOCK < sequence.known:
+        while (shared + 1) * BLOCK < sequence.known:
             block = self._full.get(_digest(sequence, shared))
             if block is None:
                 break
@@ -65,7 +61,7 @@ class BlockPool:
 
     def match(self, sequence: Sequence) -> None:
         """Gives the full blocks that hold what comes next in the sequence, but never its last known token."""
-        while self.share and sequence.computed + BLOCK < sequence.known:
+        while sequence.computed + BLOCK < sequence.known:
             block = self._full.get(_digest(sequence, len(sequence.blocks)))
             if block is None:
                 return
@@ -82,7 +78,7 @@ class BlockPool:
         """
         assert sequence.computed == len(sequence.blocks) * BLOCK, "the sequence has a block to fill"
         end = min(sequence.computed + BLOCK, sequence.known - 1)
-        if not self.share or end == sequence.computed:
+        if end == sequence.computed:
             return None
         wanted = sequence.ids[sequence.computed : end].tobytes()
         source, common = self._closest(parent_digest(sequence, len(sequence.blocks)), wanted)
@@ -102,9 +98,6 @@ class BlockPool:
 
     def note(self, sequence: Sequence) -> None:
         """Makes what is computed findable; to be called when `computed` reaches `mark`."""
-        if not self.share:
-            sequence.mark = sequence.capacity + 1
-            return
         while (sequence.sealed + 1) * BLOCK <= sequence.computed:
             self._seal(sequence, sequence.sealed)
             sequence.sealed += 1
@@ -128,7 +121,7 @@ class BlockPool:
                 continue
             if self._content[block]:
                 self._idle[block] = None
-            elif place == sequence.sealed and held > 0 and self.share and not spoilt:
+            elif place == sequence.sealed and held > 0 and not spoilt:
                 self._leave(sequence, block)
             else:
                 self._blank.append(block)

@@ -55,7 +55,8 @@ class CudaRunner:
         self.device, self.dtype = torch.device(device), DTYPES[precision]
         self.weight_bytes = 0
         on_gpu = self.device.type == "cuda"
-        self._graphs = graphs and on_gpu
+        self.graphs = graphs and on_gpu
+        self.spare = blocks  # the block that no sequence owns
         between = compiled(config, vocab_size, self.device, self.dtype) if fuse and on_gpu else PLAIN
         self._network = load(config, weights, self._pack, self.dtype, self.dtype, self.device, between)
         # One block more than is lent out: rows that only pad a graph write there.
@@ -104,15 +105,6 @@ class CudaRunner:
         kept = weight.detach().to(self.device, self.dtype, copy=True)
         self.weight_bytes += kept.nbytes
         return lambda x: F.linear(x, kept)
-
-    @property
-    def graphs(self) -> bool:
-        return self._graphs
-
-    @property
-    def spare(self) -> int:
-        """The block that no sequence owns."""
-        return self.blocks
 
 
 class _Decoding:

@@ -26,11 +26,10 @@ class Engine:
     """At most `max_batch` replies are made at a time, and at most `step_tokens` tokens computed in a step.
 
     stop: tokens that end a reply whose own parameters name none.  speculate: the most tokens that are drafted for a
-    sequence and step; 0: none.  share: whether what one request has computed serves others that begin alike.
-    clock: seconds, for timeouts and what is counted.
+    sequence and step; 0: none.  clock: seconds, for timeouts and what is counted.
     """
 
-    def __init__(  # noqa: PLR0913 (each is one dial of a replica)
+    def __init__(
         self,
         runner: Runner,
         *,
@@ -38,7 +37,6 @@ class Engine:
         step_tokens: int = 512,
         stop: Iterable[int] = (),
         speculate: int = 0,
-        share: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         least = {"max_batch": (max_batch, 1), "step_tokens": (step_tokens, 1), "speculate": (speculate, 0)}
@@ -50,7 +48,7 @@ class Engine:
         self._check_ids("stop", self._stop)
         self._kv_tokens = runner.blocks * BLOCK
         self.scheduler = Scheduler(
-            BlockPool(runner.blocks, share=share),
+            BlockPool(runner.blocks),
             max_batch=max_batch,
             step_tokens=step_tokens,
             speculate=speculate,

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanochat.config import ModelConfig
-from nanochat.loss import CAP
-from nanochat.model import norm, rotary_table
+from nanochat.loss import soft_cap
+from nanochat.model import norm, rotary_table, rotate
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ class Between:
     turn: Callable[[Tensor, Tensor, Tensor], Tensor]  # heads (T, n, D), cos and sin (T, 1, D / 2): rotated, normed
     add: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # x, y -> x + y, norm(x + y)
     square: Callable[[Tensor], Tensor]  # ReLU^2
-    cap: Callable[[Tensor], Tensor]  # logits -> fp32 within CAP
+    cap: Callable[[Tensor], Tensor]  # logits -> fp32, soft-capped
 
 
 def turn(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def square(x: Tensor) -> Tensor:  # noqa: D103
 
 
 def cap(logits: Tensor) -> Tensor:  # noqa: D103
-    return logits.float().div_(CAP).tanh_().mul_(CAP)
+    return soft_cap(logits.float())
 
 
 PLAIN = Between(turn, add, square, cap)
@@ -115,12 +115,6 @@ class Network:
     def logits(self, hidden: Tensor) -> Tensor:
         """(R, C) -> soft-capped (R, V) in fp32."""
         return self.between.cap(self.head(hidden))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (T, heads, D) turned by the angles of each token, as nanochat.model.rotate does."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
 def load(  # noqa: PLR0913 (where, in which precisions and how are a device's own)

@@ -25,7 +25,7 @@ from torch import Tensor
 from nanochat.config import ModelConfig
 from nanochat.engine.quantize import quantize
 from nanochat.engine.runner import BLOCK, Batch, Precision
-from nanochat.model import rotary_table
+from nanochat.model import rotary_table, weight_shapes
 
 SOURCES = Path(__file__).parent / "native"
 COMPILERS = ("g++", "clang++", "c++")
@@ -125,23 +125,24 @@ class NativeRunner:
         self._library.nanochat_copy(self._model, source, target)
 
     def _load(self, weights: Mapping[str, Tensor]) -> None:
+        shapes = weight_shapes(self.config, self.vocab_size)
+
+        def weight(name: str) -> Tensor:
+            found = weights[name].detach()
+            assert found.shape == shapes[name], f"{name} is {tuple(found.shape)}, not {shapes[name]}"  # C++ trusts it
+            return found
+
         stored = torch.float32 if self.precision == "fp32" else torch.bfloat16
         # copy: the caller may go on to train its own
-        self._embedding = weights["model.embed_tokens.weight"].detach().to("cpu", stored, copy=True).contiguous()
-        assert self._embedding.shape == (self.vocab_size, self.config.width), self._embedding.shape
+        self._embedding = weight("model.embed_tokens.weight").to("cpu", stored, copy=True).contiguous()
         self._library.nanochat_load(self._model, 0, EMBEDDING, self._embedding.data_ptr(), None)
         for layer in range(self.config.depth):
             for part, name in enumerate(PARTS):
-                self._pack(layer, part, weights[f"model.layers.{layer}.{name}.weight"])
-        self._pack(0, HEAD, weights["lm_head.weight"])
+                self._pack(layer, part, weight(f"model.layers.{layer}.{name}.weight"))
+        self._pack(0, HEAD, weight("lm_head.weight"))
 
     def _pack(self, layer: int, part: int, weight: Tensor) -> None:
-        config = self.config
-        heads = (config.heads, config.key_heads, config.key_heads)
-        outputs = (*(n * config.head_dim for n in heads), config.width, 4 * config.width, config.width, self.vocab_size)
-        inputs = 4 * config.width if part == PARTS.index("mlp.fc2") else config.width
-        assert weight.shape == (outputs[part], inputs), f"part {part} of layer {layer} is {tuple(weight.shape)}"
-        weight, scales = weight.detach().cpu(), None
+        weight, scales = weight.cpu(), None
         if self.precision == "int8":
             weight, scales = quantize(weight)
         else:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nanochat.config import ModelConfig
+from nanochat.model import weight_shapes
 
 BLOCK = 16  # tokens of a block
 
@@ -127,14 +128,10 @@ class _Fitting(Mapping[str, Tensor]):
     """Weights, each checked against the model's sizes when it is asked for."""
 
     def __init__(self, config: ModelConfig, vocab_size: int, weights: Mapping[str, Tensor]) -> None:
-        self._weights = weights
-        c, q, kv = config.width, config.heads * config.head_dim, config.key_heads * config.head_dim
-        self._shapes = {"q_proj": (q, c), "k_proj": (kv, c), "v_proj": (kv, c), "o_proj": (c, q)}
-        self._shapes |= {"fc1": (4 * c, c), "fc2": (c, 4 * c)}
-        self._shapes |= {"embed_tokens": (vocab_size, c), "lm_head": (vocab_size, c)}
+        self._weights, self._shapes = weights, weight_shapes(config, vocab_size)
 
     def __getitem__(self, name: str) -> Tensor:
-        weight, shape = self._weights[name], self._shapes[name.split(".")[-2]]
+        weight, shape = self._weights[name], self._shapes[name]
         if weight.shape != shape:
             raise ValueError(f"{name} is {tuple(weight.shape)}; this model needs {shape}")
         return weight

@@ -30,7 +30,7 @@ MOST_REPLIES = 16
 MOST_LOGPROBS = 20
 HEAD = 128  # tokens among which the end of a top-p is looked for first
 BUCKETS = 1024  # of scores, when it is not among those
-BLOCK = 128  # weights that are summed up at a time when one is drawn
+SPAN = 128  # weights that are summed up at a time when one is drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,16 +267,16 @@ def _reach(below: Floats, goal: float) -> int:
 
 def _place(weights: Floats, number: float) -> int:
     """Where number * total lies in the running sum of the weights; never at a weight of 0."""
-    if len(weights) <= 4 * BLOCK:
+    if len(weights) <= 4 * SPAN:
         below = np.cumsum(weights)
         return _above(below, number * below[-1])
     # A running sum of everything takes three times as long as these two.
-    below = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), BLOCK)))
+    below = np.cumsum(np.add.reduceat(weights, np.arange(0, len(weights), SPAN)))
     goal = number * below[-1]
-    block = _above(below, goal)
-    if block:
-        goal -= below[block - 1]
-    return block * BLOCK + _above(np.cumsum(weights[block * BLOCK : (block + 1) * BLOCK]), goal)
+    span = _above(below, goal)
+    if span:
+        goal -= below[span - 1]
+    return span * SPAN + _above(np.cumsum(weights[span * SPAN : (span + 1) * SPAN]), goal)
 
 
 def _above(below: Floats, goal: float) -> int:

@@ -123,7 +123,7 @@ class Scheduler:
                 return
         self._give(sequence, sequence.known - sequence.computed)
         end = sequence.computed + self._chunks.get(sequence, 0)
-        for place in range(sequence.computed // BLOCK, -(-end // BLOCK) if self.pool.share else 0):
+        for place in range(sequence.computed // BLOCK, -(-end // BLOCK)):
             self._coming.setdefault(parent_digest(sequence, place), []).append((sequence, end))
 
     def _comes(self, sequence: Sequence) -> bool:

@@ -89,7 +89,7 @@ def pack(weight: Tensor, precision: Precision) -> tuple[Matrix, int]:
         return _int8(weight)
     if precision == "bf16":
         weight = weight.bfloat16()
-        if not _has("avx512_bf16", "amx_bf16", "bf16"):
+        if not cpu_has_bf16():
             weight = weight.float()
     dtype = weight.dtype
     if _onednn_with("avx2"):
@@ -105,6 +105,11 @@ def pack(weight: Tensor, precision: Precision) -> tuple[Matrix, int]:
             return F.linear(x.to(dtype), kept).float()
 
     return product, weight.nbytes
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 itself; where it does not, torch's bf16 is slower than its fp32."""
+    return _has("avx512_bf16", "amx_bf16", "bf16")
 
 
 def _has(*names: str) -> bool:

@@ -112,12 +112,13 @@ def _application(bundle: Bundle, capacity: Capacity, logs: Any) -> Any:
     actor: dict[str, Any] = {"num_cpus": capacity.cpus}
     if capacity.gpu is not None:
         actor |= {"num_gpus": 1, "accelerator_type": capacity.gpu}
+    waiting = 4 * capacity.max_batch
     options: dict[str, Any] = {
         "ray_actor_options": actor,
         "max_constructor_retry_count": 1,
         "health_check_period_s": 2,  # a replica that is gone is missed after this long
-        "max_ongoing_requests": 4 * capacity.max_batch,  # the engine queues what does not run yet
-        "max_queued_requests": 4 * capacity.max_batch,  # in the gateway, when all replicas are full; then it is 429
+        "max_ongoing_requests": waiting,  # the engine queues what does not run yet
+        "max_queued_requests": waiting,  # in the gateway, when all replicas are full; then it is 429
         **DRAIN,
         "logging_config": logs,
     }

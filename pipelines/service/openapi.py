@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from pipelines.service.answers import ChatCompletion, ChatCompletionChunk, Completion
-from pipelines.service.protocol import Card
+from pipelines.service.protocol import Card, error_type
 from pipelines.service.requests import (
     LABELS,
     MOST_BODY_BYTES,
@@ -20,22 +20,6 @@ from pipelines.service.requests import (
 )
 
 REF = "#/components/schemas/{model}"
-ERROR = {
-    "type": "object",
-    "required": ["error"],
-    "properties": {
-        "error": {
-            "type": "object",
-            "required": ["message", "type", "param", "code"],
-            "properties": {
-                "message": {"type": "string"},
-                "type": {"enum": ["invalid_request_error", "rate_limit_error", "server_error"]},
-                "param": {"type": ["string", "null"], "description": "The field of the body at fault."},
-                "code": {"type": ["string", "null"]},
-            },
-        }
-    },
-}
 ERRORS = {
     "400": "The body is no JSON, or says something that is not allowed or not supported.",
     "404": "Another model is served.",
@@ -48,6 +32,22 @@ ERRORS = {
     "500": "The service is at fault.",
     "503": "The replica that was answering is gone; ask again after Retry-After.",
     "504": "The reply took too long.",
+}
+ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"enum": sorted({error_type(int(status)) for status in ERRORS})},
+                "param": {"type": ["string", "null"], "description": "The field of the body at fault."},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
 }
 
 

@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from nanochat.chat import Message, check_messages
 from nanochat.engine.sampler import SampleParams
-from pipelines.service.protocol import ApiError, ChatAsk, CompletionAsk, Limits, no_such_model
+from pipelines.service.protocol import ApiError, Card, ChatAsk, CompletionAsk, no_such_model
 from pipelines.service.requests import (
     COMPLETION_TOKENS,
     LABELS,
@@ -41,10 +41,10 @@ FORMS = {
 Request = TypeVar("Request", ChatRequest, CompletionRequest)
 
 
-def parse_chat(body: bytes, limits: Limits) -> ChatAsk:
+def parse_chat(body: bytes, card: Card) -> ChatAsk:
     """The body of a chat completion. Raises ApiError: 400 with the parameter at fault, or 404 for another model."""
     data = _json(body)
-    request = _request(ChatRequest, data, NEUTRAL_CHAT, limits)
+    request = _request(ChatRequest, data, NEUTRAL_CHAT, card)
     if request.top_logprobs is not None and not request.logprobs and request.top_logprobs != 0:
         raise ApiError(400, "top_logprobs is only allowed where logprobs is true", param="top_logprobs")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
@@ -53,15 +53,15 @@ def parse_chat(body: bytes, limits: Limits) -> ChatAsk:
     asked = request.max_completion_tokens if request.max_tokens is None else request.max_tokens
     if None not in (request.max_tokens, request.max_completion_tokens):
         raise ApiError(400, "give max_tokens or max_completion_tokens, not both", param="max_tokens")
-    most = _most(name, asked, limits, limits.max_reply_tokens)
+    most = _most(name, asked, card, card.max_reply_tokens)
     stream, usage = _streaming(request)
-    return ChatAsk(_params(request, most, logprobs, limits), _stops(request), stream, usage, messages)
+    return ChatAsk(_params(request, most, logprobs, card), _stops(request), stream, usage, messages)
 
 
-def parse_completion(body: bytes, limits: Limits) -> CompletionAsk:
+def parse_completion(body: bytes, card: Card) -> CompletionAsk:
     """The body of a (legacy) completion. Raises ApiError as parse_chat does."""
     data = _json(body)
-    request = _request(CompletionRequest, data, NEUTRAL_COMPLETION, limits)
+    request = _request(CompletionRequest, data, NEUTRAL_COMPLETION, card)
     prompts = _prompts(request.prompt)
     replies = request.n or 1
     if request.best_of not in (None, replies):
@@ -70,9 +70,9 @@ def parse_completion(body: bytes, limits: Limits) -> CompletionAsk:
     if len(prompts) * replies > MOST_CHOICES:
         said = f"{len(prompts)} prompts with n {replies} are {len(prompts) * replies} choices; {MOST_CHOICES} at most"
         raise ApiError(400, said, param="n")
-    most = _most("max_tokens", request.max_tokens, limits, COMPLETION_TOKENS)
+    most = _most("max_tokens", request.max_tokens, card, COMPLETION_TOKENS)
     stream, usage = _streaming(request)
-    return CompletionAsk(_params(request, most, request.logprobs, limits), _stops(request), stream, usage, prompts)
+    return CompletionAsk(_params(request, most, request.logprobs, card), _stops(request), stream, usage, prompts)
 
 
 def _json(body: bytes) -> dict[str, Any]:
@@ -118,9 +118,7 @@ def _check_depth(data: object) -> None:
     raise _too_deep()
 
 
-def _request(
-    kind: type[Request], data: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]], limits: Limits
-) -> Request:
+def _request(kind: type[Request], data: dict[str, Any], neutral: Mapping[str, tuple[Any, ...]], card: Card) -> Request:
     spoken = {}
     for name, value in data.items():
         if name in kind.model_fields:
@@ -136,8 +134,8 @@ def _request(
         request = kind.model_validate(spoken)
     except ValidationError as error:
         raise _said(error.errors(include_url=False, include_context=False)) from error
-    if request.model != limits.model:
-        raise no_such_model(request.model, limits.model)
+    if request.model != card.id:
+        raise no_such_model(request.model, card.id)
     return request
 
 
@@ -202,18 +200,18 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str]
     return prompt
 
 
-def _most(name: str, asked: int | None, limits: Limits, default: int) -> int:
+def _most(name: str, asked: int | None, card: Card, default: int) -> int:
     """The most tokens of a reply."""
     if asked is None:
-        return min(default, limits.max_reply_tokens)
-    if asked > limits.max_reply_tokens:
-        said = f"{name} is {asked}; this service allows {limits.max_reply_tokens} at most"
+        return min(default, card.max_reply_tokens)
+    if asked > card.max_reply_tokens:
+        said = f"{name} is {asked}; this service allows {card.max_reply_tokens} at most"
         raise ApiError(400, said, param=name)
     return asked
 
 
-def _params(request: ChatRequest | CompletionRequest, most: int, logprobs: int | None, limits: Limits) -> SampleParams:
-    params: dict[str, Any] = {"temperature": limits.temperature}
+def _params(request: ChatRequest | CompletionRequest, most: int, logprobs: int | None, card: Card) -> SampleParams:
+    params: dict[str, Any] = {"temperature": card.temperature}
     params |= {name: value for name in SAMPLING if (value := getattr(request, name)) is not None}
     if params.get("seed", 0) < 0:
         params["seed"] += 2**64  # OpenAI's seeds are signed

@@ -32,7 +32,9 @@ class ReplicaLostError(RuntimeError):
     """The process that was answering is gone."""
 
 
-ERROR_TYPES = {429: "rate_limit_error"}
+def error_type(status: int) -> str:
+    """OpenAI's name for the kind of error."""
+    return {429: "rate_limit_error"}.get(status, "invalid_request_error" if status < 500 else "server_error")
 
 
 class ApiError(Exception):
@@ -44,7 +46,7 @@ class ApiError(Exception):
         self.body = {
             "error": {
                 "message": message,
-                "type": ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error"),
+                "type": error_type(status),
                 "param": param,
                 "code": code,
             }
@@ -74,15 +76,6 @@ class Card:
             "temperature": self.temperature,
             "lineage": self.lineage,
         }
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What the service adds to a request and what it allows."""
-
-    model: str  # the one name that is served
-    max_reply_tokens: int
-    temperature: float  # used where a request names none
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from nanochat.chat import render_prompt
 from nanochat.engine.sampler import SampleParams
 from nanochat.engine.sequence import Output
-from pipelines.service.protocol import ApiError, Ask, Backend, Card, ChatAsk, CompletionAsk, Limits, ReplicaLostError
+from pipelines.service.protocol import ApiError, Ask, Backend, Card, ChatAsk, CompletionAsk, ReplicaLostError
 from pipelines.service.text import TextStream
 
 HEALTH_TIMEOUT_S = 10
@@ -64,7 +64,6 @@ class Service:
 
     def __init__(self, backend: Backend, vocab: Vocab, card: Card) -> None:
         self.backend, self.vocab, self.card = backend, vocab, card
-        self.limits = Limits(card.id, card.max_reply_tokens, card.temperature)
         sizes = vocab.token_bytes()
         self.vocab_size = len(sizes)
         self._longest_token = int(sizes.max())  # bytes

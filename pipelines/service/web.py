@@ -107,11 +107,11 @@ def _serve_replies(app: FastAPI, service: Service) -> None:
     tokens = Tokens(service.vocab)
 
     def chat(body: bytes) -> _Job:
-        ask = parse_chat(body, service.limits)
+        ask = parse_chat(body, service.card)
         return _Job(ask, [service.chat(ask)], ChatShape(service.card, tokens, ask.params.logprobs))
 
     def completion(body: bytes) -> _Job:
-        ask = parse_completion(body, service.limits)
+        ask = parse_completion(body, service.card)
         return _Job(ask, service.prompts(ask), TextShape(service.card, tokens, ask.params.logprobs))
 
     async def answer(request: Request, prepare: Callable[[bytes], _Job]) -> Response:

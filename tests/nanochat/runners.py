@@ -25,9 +25,6 @@ class Blocks:
     def mask(self, tokens: int, device: torch.device) -> Tensor | None:
         return torch.ones(tokens, self.start + tokens, dtype=torch.bool).tril_(self.start)
 
-    def advance(self, tokens: int) -> None:
-        pass
-
 
 class PlainRunner:
     """Each sequence alone through the model, its keys gathered block by block. Slow; fp32."""

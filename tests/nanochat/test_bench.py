@@ -271,7 +271,7 @@ def test_bf16_where_the_processor_has_it(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, name: str, options: Sequence[str]
 ) -> None:
     for able in (False, True):
-        monkeypatch.setattr(measure, "has_bf16", lambda _, able=able: able)
+        monkeypatch.setattr(measure, "cpu_has_bf16", lambda able=able: able)
         assert bench.rows(name, *options)[0]["precision"] == ("bf16" if able else "fp32")
 
 

@@ -184,12 +184,6 @@ def test_a_spoilt_block_that_others_use_stays_theirs() -> None:
     assert pool.free == 8
 
 
-def test_nothing_is_shared_where_that_is_off() -> None:
-    pool = BlockPool(8, share=False)
-    run(pool, numbers(0, 40))
-    assert run(pool, numbers(0, 40)) == 0
-
-
 def test_a_full_pool_gives_what_it_has() -> None:
     pool = BlockPool(2)
     one = sequence(numbers(0, 60))

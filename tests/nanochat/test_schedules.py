@@ -120,7 +120,6 @@ class Schedule:
             step_tokens=self.step_tokens,
             stop=self.stop,
             speculate=draw.choice([0, 0, 1, 3, 8]),
-            share=draw.random() < 0.8,
             clock=lambda: float(self.steps),
         )
         self.room = blocks * BLOCK  # tokens of the cache

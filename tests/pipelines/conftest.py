@@ -1,4 +1,4 @@
-"""Stores for tests: a folder, and a bucket of a moto server on 127.0.0.1."""
+"""For several tests: a store in a folder and one in a bucket of a moto server on 127.0.0.1; a page of a browser."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +9,7 @@ import pytest
 from pipelines import s3
 from pipelines.artifacts import LocalStore, Store
 from pipelines.s3 import S3Store
+from tests import browser
 
 
 @pytest.fixture(scope="session")
@@ -44,3 +45,20 @@ def either_store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     if request.param == "local":
         return LocalStore(tmp_path / "store")
     return S3Store(request.getfixturevalue("bucket"), "some/prefix")
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[browser.Page]:
+    with browser.page() as opened:
+        opened.allow_clipboard()
+        yield opened
+
+
+@pytest.fixture
+def no_complaint(page: browser.Page) -> Iterator[None]:
+    """No error of a script, no refusal by the page's rules, whatever a test shows."""
+    page.look()
+    page.complaints.clear()
+    yield
+    page.run("0")  # what the browser has said by now is read
+    assert [said for said in page.complaints if "Failed to load resource" not in said] == []  # 4xx, 5xx: asked for

@@ -1,7 +1,6 @@
 """What a model cannot do to the reader of the chat page: run something, fetch something, freeze it."""
 
 import time
-from collections.abc import Iterator
 
 import pytest
 
@@ -9,7 +8,10 @@ from tests import browser
 from tests.chat_page import DONE, LAST, ask, service, shown, visit
 from tests.serving import Scripted, running
 
-pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium is installed")
+pytestmark = [
+    pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium is installed"),
+    pytest.mark.usefixtures("no_complaint"),
+]
 
 HOSTILE = """\
 <script>window.broken = 1</script><img src=x onerror="window.broken = 1"><svg onload="window.broken = 1">
@@ -35,23 +37,6 @@ document.getElementById('name').addEventListener('mousedown', (event) => {
   requestAnimationFrame(() => delays.push(performance.now() - event.timeStamp));
 });
 """
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[browser.Page]:
-    with browser.page() as opened:
-        opened.allow_clipboard()
-        yield opened
-
-
-@pytest.fixture(autouse=True)
-def no_complaint(page: browser.Page) -> Iterator[None]:
-    """No error of a script, no refusal by the page's rules, whatever a test shows."""
-    page.look()
-    page.complaints.clear()
-    yield
-    page.run("0")  # what the browser has said by now is read
-    assert [said for said in page.complaints if "Failed to load resource" not in said] == []  # 4xx, 5xx: asked for
 
 
 @pytest.mark.parametrize("piece", [3, 10_000])

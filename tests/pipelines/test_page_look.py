@@ -1,14 +1,15 @@
 """How the chat page looks and is used: a phone, colours, the keyboard alone, scrolling."""
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests import browser
 from tests.chat_page import DONE, LAST, ask, busy, painted, press_button, refusing, service, set_field, visit
 from tests.serving import Scripted, running
 
-pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium is installed")
+pytestmark = [
+    pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium is installed"),
+    pytest.mark.usefixtures("no_complaint"),
+]
 
 LONG = (
     "word " * 30
@@ -67,22 +68,6 @@ Promise.all(document.getAnimations().filter(it => it.transitionProperty).map(it 
   return low;
 })
 """
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[browser.Page]:
-    with browser.page() as opened:
-        yield opened
-
-
-@pytest.fixture(autouse=True)
-def no_complaint(page: browser.Page) -> Iterator[None]:
-    """No error of a script, no refusal by the page's rules, whatever a test shows."""
-    page.look()
-    page.complaints.clear()
-    yield
-    page.run("0")  # what the browser has said by now is read
-    assert [said for said in page.complaints if "Failed to load resource" not in said] == []  # 4xx, 5xx: asked for
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -23,7 +23,7 @@ from schemathesis.specs.openapi.checks import (
 from nanochat.engine.engine import Engine
 from pipelines.service.openapi import document
 from pipelines.service.parse import parse_chat, parse_completion
-from pipelines.service.protocol import ApiError, Limits
+from pipelines.service.protocol import ApiError, Card
 from pipelines.service.requests import MOST_DEPTH
 from pipelines.service.web import make_app
 from pipelines.service.worker import Worker
@@ -33,9 +33,8 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # schemathesis warns of what 
 DOCUMENT = document(CARD, 265)
 HELLO = [{"role": "user", "content": "Hi"}]
 CHECKS = [response_schema_conformance, content_type_conformance, status_code_conformance]
-LIMITS = Limits(CARD.id, CARD.max_reply_tokens, CARD.temperature)
 PATHS = [(method.upper(), path) for path, item in DOCUMENT["paths"].items() for method in item]
-PARSERS: dict[str, Callable[[bytes, Limits], object]] = {
+PARSERS: dict[str, Callable[[bytes, Card], object]] = {
     "/v1/chat/completions": parse_chat,
     "/v1/completions": parse_completion,
 }
@@ -137,7 +136,7 @@ def test_the_document_and_the_parser_agree(app: FastAPI, path: str, mode: Genera
                 continue
             allowed = check.is_valid(data)
             try:
-                PARSERS[path](json.dumps(data).encode(), LIMITS)
+                PARSERS[path](json.dumps(data).encode(), CARD)
                 said = None
             except ApiError as error:
                 said = str(error)
@@ -165,9 +164,9 @@ def test_a_limit_of_the_document_is_where_the_parser_has_it(path: str) -> None:
                 if bound not in form or field == "best_of":
                     continue
                 data = {**plain, **helps.get(field, {}), field: form[bound]}
-                PARSERS[path](json.dumps(data).encode(), LIMITS)
+                PARSERS[path](json.dumps(data).encode(), CARD)
                 with pytest.raises(ApiError) as caught:
-                    PARSERS[path](json.dumps({**data, field: form[bound] + step}).encode(), LIMITS)
+                    PARSERS[path](json.dumps({**data, field: form[bound] + step}).encode(), CARD)
                 assert caught.value.body["error"]["param"] == field
                 checked += 1
     assert checked >= 16

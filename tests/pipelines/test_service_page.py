@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 
 import pytest
 from fastapi import Response
@@ -28,24 +28,10 @@ from tests.chat_page import (
 from tests.serving import CARD, Scripted, running, wait_until
 
 BEFORE = "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}"  # the button to the version before
-pytestmark = pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium is installed")
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[browser.Page]:
-    with browser.page() as opened:
-        opened.allow_clipboard()
-        yield opened
-
-
-@pytest.fixture(autouse=True)
-def no_complaint(page: browser.Page) -> Iterator[None]:
-    """No error of a script, no refusal by the page's rules, whatever a test shows."""
-    page.look()
-    page.complaints.clear()
-    yield
-    page.run("0")  # what the browser has said by now is read
-    assert [said for said in page.complaints if "Failed to load resource" not in said] == []  # 4xx, 5xx: asked for
+pytestmark = [
+    pytest.mark.skipif(browser.CHROMIUM is None, reason="no Chromium is installed"),
+    pytest.mark.usefixtures("no_complaint"),
+]
 
 
 # ---- asking, stopping, branching

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from pipelines.service.parse import parse_chat, parse_completion
-from pipelines.service.protocol import ApiError, Limits
+from pipelines.service.protocol import ApiError
 from pipelines.service.requests import MOST_DEPTH, NEUTRAL_CHAT, NEUTRAL_COMPLETION
+from tests.serving import CARD
 
-LIMITS = Limits("tiny-chat", 64, 0.8)
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -19,14 +19,14 @@ def body(**more: Any) -> bytes:
 
 def refusal(data: bytes) -> tuple[int, Any, Any, str]:
     with pytest.raises(ApiError) as caught:
-        parse_chat(data, LIMITS)
+        parse_chat(data, CARD)
     error = caught.value.body["error"]
     assert error["type"] == "invalid_request_error"
     return caught.value.status, error["param"], error["code"], error["message"]
 
 
 def test_the_defaults_are_the_services() -> None:
-    ask = parse_chat(body(), LIMITS)
+    ask = parse_chat(body(), CARD)
     assert ask.messages == HELLO
     assert (ask.params.max_tokens, ask.params.temperature, ask.params.seed) == (64, 0.8, None)
     assert (ask.stop, ask.stream, ask.include_usage) == ((), False, False)
@@ -36,30 +36,30 @@ def test_every_setting_arrives() -> None:
     ask = parse_chat(
         body(temperature=0, top_p=0.5, top_k=7, seed=-1, max_tokens=3, stop=["a", "b"], stream=True,
              stream_options={"include_usage": True}),
-        LIMITS,
+        CARD,
     )  # fmt: skip
     params = ask.params
-    more = parse_chat(body(min_p=0.1, repetition_penalty=1.2, n=3, logprobs=True, top_logprobs=2), LIMITS).params
+    more = parse_chat(body(min_p=0.1, repetition_penalty=1.2, n=3, logprobs=True, top_logprobs=2), CARD).params
     assert (more.min_p, more.repetition_penalty, more.n, more.logprobs) == (0.1, 1.2, 3, 2)
-    assert parse_chat(body(logprobs=True), LIMITS).params.logprobs == 0
-    assert parse_chat(body(logprobs=False, top_logprobs=0), LIMITS).params.logprobs is None
+    assert parse_chat(body(logprobs=True), CARD).params.logprobs == 0
+    assert parse_chat(body(logprobs=False, top_logprobs=0), CARD).params.logprobs is None
     assert (params.temperature, params.top_p, params.top_k, params.seed) == (0, 0.5, 7, 2**64 - 1)
     assert (params.max_tokens, ask.stop, ask.stream, ask.include_usage) == (3, ("a", "b"), True, True)
-    assert parse_chat(body(max_completion_tokens=5.0), LIMITS).params.max_tokens == 5
-    assert parse_chat(body(stop="x"), LIMITS).stop == ("x",)
+    assert parse_chat(body(max_completion_tokens=5.0), CARD).params.max_tokens == 5
+    assert parse_chat(body(stop="x"), CARD).stop == ("x",)
 
 
 def test_null_means_not_given() -> None:
     names = ["temperature", "top_p", "top_k", "seed", "max_tokens", "stop", "stream", "stream_options", *NEUTRAL_CHAT]
-    assert parse_chat(body(**dict.fromkeys(names)), LIMITS) == parse_chat(body(), LIMITS)
+    assert parse_chat(body(**dict.fromkeys(names)), CARD) == parse_chat(body(), CARD)
 
 
 def test_what_asks_for_nothing_is_accepted() -> None:
-    plain = parse_chat(body(), LIMITS)
+    plain = parse_chat(body(), CARD)
     for name, values in NEUTRAL_CHAT.items():
         for value in values:
-            assert parse_chat(body(**{name: value}), LIMITS) == plain
-    assert parse_chat(body(user="me", frequency_penalty=0.0), LIMITS) == plain
+            assert parse_chat(body(**{name: value}), CARD) == plain
+    assert parse_chat(body(user="me", frequency_penalty=0.0), CARD) == plain
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_what_is_no_chat_is_refused(messages: Any) -> None:
 def test_text_parts_and_developer_messages_are_understood() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     chat = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": parts, "name": "Ann"}]
-    assert parse_chat(body(messages=chat), LIMITS).messages == [{"role": "system", "content": "Be kind."}, *HELLO]
+    assert parse_chat(body(messages=chat), CARD).messages == [{"role": "system", "content": "Be kind."}, *HELLO]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_nesting_is_limited_where_it_is_said_to_be() -> None:
     def nested(depth: int) -> Any:  # the body itself and `metadata` make two
         return {} if depth == 2 else {"a": nested(depth - 1)}
 
-    assert parse_chat(body(metadata=nested(MOST_DEPTH)), LIMITS) == parse_chat(body(), LIMITS)
+    assert parse_chat(body(metadata=nested(MOST_DEPTH)), CARD) == parse_chat(body(), CARD)
     assert "more than 32" in refusal(body(metadata=nested(MOST_DEPTH + 1)))[3]
 
 
@@ -210,16 +210,16 @@ def completion(**more: Any) -> bytes:
     [("Hi", ["Hi"]), ("", [""]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1], [2, 3]], [[1], [2, 3]])],
 )
 def test_the_four_forms_of_a_prompt(prompt: Any, prompts: Any) -> None:
-    ask = parse_completion(completion(prompt=prompt), LIMITS)
+    ask = parse_completion(completion(prompt=prompt), CARD)
     assert (ask.prompts, ask.params.max_tokens, ask.params.logprobs) == (prompts, 16, None)
 
 
 def test_the_settings_of_a_completion() -> None:
     more = {"max_tokens": 64, "n": 2, "best_of": 2, "logprobs": 5, "stop": "x", "echo": False, "seed": 3}
-    ask = parse_completion(completion(prompt="a", **more), LIMITS)
+    ask = parse_completion(completion(prompt="a", **more), CARD)
     assert (ask.params.max_tokens, ask.params.n, ask.params.logprobs, ask.stop) == (64, 2, 5, ("x",))
     nothing = completion(prompt="a", **dict.fromkeys(NEUTRAL_COMPLETION))
-    assert parse_completion(nothing, LIMITS) == parse_completion(completion(prompt="a"), LIMITS)
+    assert parse_completion(nothing, CARD) == parse_completion(completion(prompt="a"), CARD)
 
 
 @pytest.mark.parametrize(
@@ -246,6 +246,6 @@ def test_the_settings_of_a_completion() -> None:
 )
 def test_a_wrong_completion_is_named(settings: dict[str, Any], param: str) -> None:
     with pytest.raises(ApiError) as caught:
-        parse_completion(completion(**settings), LIMITS)
+        parse_completion(completion(**settings), CARD)
     assert (caught.value.status, caught.value.body["error"]["param"]) == (400, param)
     assert param in caught.value.body["error"]["message"]
