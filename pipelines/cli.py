@@ -101,18 +101,25 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="one JSON line a stage instead of progress")
     sub = with_file("status", _status, "what is built, running or lost, and how far it is")
     sub.add_argument("--json", action="store_true")
-    sub = with_file("serve", _serve, "deploy the chat service on this machine")
+    sub = with_file("serve", _serve, "bring the chat service up here, or roll it out on the Ray at RAY_ADDRESS")
     sub.add_argument("--ask", action="append", default=[], metavar="QUESTION", help="ask it once it is up")
     sub.add_argument("--once", action="store_true", help="end when the questions are answered")
+    sub.add_argument("--rollback", action="store_true", help="bring back the bundle before the last rollout")
+    sub.add_argument("--stop", action="store_true", help="take down the service that is up on RAY_ADDRESS")
     sub = with_file("report", _report, "one self-contained HTML page: curves, scores, lineage, costs")
     sub.add_argument("--json", action="store_true")
     sub.add_argument("--out", type=Path, metavar="PATH", help="the page (default: NAME-PROFILE.html)")
     sub = with_file("gc", _gc, "list what nothing addresses any more")
     sub.add_argument("--yes", action="store_true", help="and delete it")
     sub = verb("chat", _chat, "talk to a running service in the terminal")
-    sub.add_argument("url", nargs="?", default="http://127.0.0.1:8000", metavar="URL")
+    sub.add_argument(
+        "url", nargs="?", default="http://127.0.0.1:8000", metavar="URL",
+        help="its address (default: %(default)s); NANOCHAT_API_KEY holds the key where it wants one",
+    )  # fmt: skip
+    sub = verb("key", _key, "make a key for a service that wants keys (serve.keys)")
+    sub.add_argument("name", metavar="NAME", help="who will use it")
     sub = verb("bench", _bench, "measure this machine; `nanochat bench train --help` shows the options")
-    sub.add_argument("what", choices=("train", "decode"))
+    sub.add_argument("what", choices=("train", "decode", "serve"))
     sub.add_argument("options", nargs=argparse.REMAINDER, help="of the benchmark, such as --json")
     return parser
 
@@ -201,23 +208,44 @@ def _status(asked: Asked) -> int:
 
 
 def _serve(asked: Asked) -> int:
-    from pipelines.service.deploy import serve
+    from pipelines.service.deploy import Wish, serve
 
+    args = asked.args
     prepare(os.environ, Path.home())
-    return serve(asked.loaded, asked.store(), asked.args.ask, asked.args.once, os.environ.get("RAY_ADDRESS"))
+    wish = Wish(args.ask, args.once, args.rollback, args.stop)
+    key = os.environ.get("NANOCHAT_API_KEY")
+    return serve(asked.loaded, asked.store(), wish, os.environ.get("RAY_ADDRESS"), key)
 
 
 def _chat(args: argparse.Namespace) -> int:
     from pipelines.service.chat import chat
 
-    return chat(args.url)
+    return chat(args.url, os.environ.get("NANOCHAT_API_KEY"))
+
+
+def _key(args: argparse.Namespace) -> int:
+    from pipelines.service.keys import KeyFileError, entry_of, make_key
+
+    key = make_key()
+    try:
+        entry = entry_of(args.name, key)
+    except KeyFileError as error:
+        return _say(error, WRONG)
+    print(f"the key, which is shown this once: give it to {args.name}\n{key}\n")
+    print(f"its line in the file that `serve.keys` names (it holds no key, only the hash)\n{entry}")
+    return 0
 
 
 def _bench(args: argparse.Namespace) -> int:
     made = made_by()
     commit = f"{made['commit']}{'-dirty' if made['dirty'] else ''}"
     given = [] if made["commit"] is None else ["--commit", commit]
-    return int(import_module(f"nanochat.bench.{args.what}").main([*given, *args.options]))
+    options = [*given, *args.options]
+    if args.what == "serve":
+        from pipelines.bench import serve
+
+        return serve.main(options, partial(prepare, os.environ, Path.home()), os.environ.get("RAY_ADDRESS"))
+    return int(import_module(f"nanochat.bench.{args.what}").main(options))
 
 
 def _report(asked: Asked) -> int:

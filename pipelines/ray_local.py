@@ -44,8 +44,10 @@ def prepare(environment: MutableMapping[str, str], home: Path) -> None:
 
 
 @contextmanager
-def ray_running(address: str | None, cpus: int, *, dashboard: bool = True) -> Iterator[None]:
+def ray_running(address: str | None, cpus: int, *, dashboard: bool = True) -> Iterator[str]:
     """Connects to the cluster at `address`, or starts a local one with `cpus` tickets and ends it. After `prepare`.
+
+    Yields the address at which other programs reach it.
 
     dashboard: of the local one; it costs three seconds and 250 MB.
     """
@@ -53,7 +55,7 @@ def ray_running(address: str | None, cpus: int, *, dashboard: bool = True) -> It
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if address:
-        ray.init(address=address, logging_level="ERROR")
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     else:
         ray.init(
             num_cpus=cpus,
@@ -67,6 +69,6 @@ def ray_running(address: str | None, cpus: int, *, dashboard: bool = True) -> It
         for number, handler in handlers.items():  # Ray's own print a trace for people who write Ray
             signal.signal(number, handler)
     try:
-        yield
+        yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()

@@ -94,7 +94,7 @@ class Options:
     rebuild: frozenset[str] = frozenset()  # stages to make anew though they are built
     wait: bool = False  # for another run that builds the same stage, instead of failing
     made: Mapping[str, Any] = field(default_factory=dict)  # who makes it: commit, dirty, host
-    around: Callable[[], AbstractContextManager[None]] = nullcontext  # entered before the first stage that is made
+    around: Callable[[], AbstractContextManager[object]] = nullcontext  # entered before the first stage that is made
 
 
 @dataclass(frozen=True)

@@ -201,7 +201,9 @@ class Capacity(Spec):
     kv_tokens: PositiveInt = 16_384  # tokens of KV cache in one replica
     precision: Literal["fp32", "bf16", "int8"] | None = None  # of the weights in memory; None: as the bundle has them
     speculate: int = Field(4, ge=0, le=16)  # most tokens guessed ahead where that pays; 0: never
-    target_ongoing: PositiveInt = 8  # requests in flight per replica at which one more is started
+    max_wait_s: PositiveFloat = 10.0  # for a first token; a request that would wait longer is told when to ask again
+    max_queued_tokens: PositiveInt | None = None  # of prompts that wait at a replica; None: as many as kv_tokens
+    keys: str | None = None  # file of who may ask, made with `nanochat key`; None: everybody who can connect
 
 
 class Profile(Spec):

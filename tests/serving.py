@@ -59,7 +59,9 @@ class Scripted:
     asked: list[tuple[list[int], SampleParams]] = field(default_factory=list)
     closed: list[bool] = field(default_factory=list)  # for each ended request: whether before its last token
 
-    async def generate(self, tokens: list[int], params: SampleParams) -> AsyncGenerator[Output, None]:
+    async def generate(
+        self, tokens: list[int], params: SampleParams, *, admitted: bool = False
+    ) -> AsyncGenerator[Output, None]:
         self.asked.append((tokens, params))
         data = self.reply.encode() if isinstance(self.reply, str) else self.reply
         script = [*data, *([self.end] if isinstance(self.end, int) else [])]
@@ -81,12 +83,14 @@ class Scripted:
         return []
 
 
-def tiny_model() -> GPT:
-    """Random weights, always the same; CARD's context and ByteVocabulary's size."""
-    model = GPT(ModelConfig(depth=1, context=CARD.context, head_dim=8, aspect=16), 265)
+def tiny_model(depth: int = 1, scale: float = 1.0) -> GPT:
+    """Random weights, always the same; CARD's context and ByteVocabulary's size. scale: of the last layer's."""
+    model = GPT(ModelConfig(depth=depth, context=CARD.context, head_dim=8, aspect=16), 265)
     generator = torch.Generator().manual_seed(1)
     for weight in model.parameters():
         torch.nn.init.normal_(weight, std=0.3, generator=generator)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(scale)
     return model
 
 

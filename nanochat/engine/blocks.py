@@ -44,31 +44,24 @@ class BlockPool:
         """Gives blocks for so many tokens more; returns for how many of them there is room now."""
         room = len(sequence.blocks) * BLOCK - sequence.computed
         while room < tokens and (block := self._take()) is not None:
-            self._append(sequence, block)
+            _append(sequence, [block])
             room += BLOCK
         return min(room, tokens)
 
     def fits(self, sequence: Sequence) -> bool:
         """Whether a sequence without blocks could have all that its known tokens need."""
-        shared = idle = 0
-        while (shared + 1) * BLOCK < sequence.known:
-            block = self._full.get(_digest(sequence, shared))
-            if block is None:
-                break
-            shared += 1
-            idle += not self._holders[block]
-        return -(-sequence.known // BLOCK) - shared <= self.free - idle
+        shared = self._next(sequence)
+        idle = sum(not self._holders[block] for block in shared)
+        return -(-sequence.known // BLOCK) - len(shared) <= self.free - idle
 
     def match(self, sequence: Sequence) -> None:
         """Gives the full blocks that hold what comes next in the sequence, but never its last known token."""
-        while sequence.computed + BLOCK < sequence.known:
-            block = self._full.get(_digest(sequence, len(sequence.blocks)))
-            if block is None:
-                return
-            self._hold(block)
-            self._append(sequence, block)
-            sequence.computed += BLOCK
-            sequence.sealed += 1
+        if found := self._next(sequence):
+            for block in found:
+                self._hold(block)
+            _append(sequence, found)
+            sequence.computed += len(found) * BLOCK
+            sequence.sealed += len(found)
             sequence.mark = 0
 
     def match_part(self, sequence: Sequence) -> tuple[int, int] | None:
@@ -91,7 +84,7 @@ class BlockPool:
             target = self._take()
         if target is None:
             return None
-        self._append(sequence, target)
+        _append(sequence, [target])
         sequence.computed += common
         sequence.mark = 0
         return (source, target) if source != target else None  # its own source: nobody has written to it yet
@@ -150,10 +143,16 @@ class BlockPool:
             assert sequence.row.tolist()[: len(sequence.blocks)] == sequence.blocks, "a row is not its sequence's"
             assert not sequence.row[len(sequence.blocks) :].any(), "a row is not padded with 0"
 
-    def _append(self, sequence: Sequence, block: int) -> None:
-        if sequence.row is not None:
-            sequence.row[len(sequence.blocks)] = block
-        sequence.blocks.append(block)
+    def _next(self, sequence: Sequence) -> list[int]:
+        """Full blocks that hold what comes after the sequence's own, but never its last known token."""
+        first, end = len(sequence.blocks), (sequence.known - 1) // BLOCK
+        found = []
+        for digest in _digests(sequence, end)[first:end]:
+            block = self._full.get(digest)
+            if block is None:
+                break
+            found.append(block)
+        return found
 
     def _take(self) -> int | None:
         """A block that nobody uses and nobody will find: blank, else the one that was not needed for longest."""
@@ -191,13 +190,13 @@ class BlockPool:
 
     def _seal(self, sequence: Sequence, place: int) -> None:
         """A block of the sequence is full: others may find it. If another holds the same, that one is used."""
-        block, digest = sequence.blocks[place], _digest(sequence, place)
+        block, digest = sequence.blocks[place], _digests(sequence, place + 1)[place]
         self._unfill(sequence, block)
         twin = self._full.get(digest)
         if twin is None:
             self._full[digest] = block
             self._digest[block] = digest
-            self._list(block, parent_digest(sequence, place), _tokens(sequence, place).tobytes())
+            self._list(block, parent_digest(sequence, place), sequence.ids[place * BLOCK :][:BLOCK].tobytes())
         elif twin != block:
             self._hold(twin)
             self._holders[block] -= 1
@@ -249,7 +248,7 @@ class BlockPool:
 
 def parent_digest(sequence: Sequence, place: int) -> bytes:
     """Names all tokens before a block."""
-    return _digest(sequence, place - 1) if place else ROOT
+    return _digests(sequence, place)[place - 1] if place else ROOT
 
 
 def common_tokens(a: bytes, b: bytes) -> int:
@@ -261,19 +260,23 @@ def common_tokens(a: bytes, b: bytes) -> int:
     return int(differ.argmax())
 
 
-def _digest(sequence: Sequence, place: int) -> bytes:
-    """Names a full block's tokens and all before them."""
-    digests = sequence.digests
-    while len(digests) <= place:
-        parent = digests[-1] if digests else ROOT
-        tokens = _tokens(sequence, len(digests)).tobytes()
-        digests.append(blake2b(parent + tokens, digest_size=16).digest())
-    return digests[place]
+def _append(sequence: Sequence, blocks: list[int]) -> None:
+    if sequence.row is not None:
+        count = len(sequence.blocks)
+        sequence.row[count : count + len(blocks)] = blocks
+    sequence.blocks += blocks
 
 
-def _tokens(sequence: Sequence, place: int) -> "np.ndarray[tuple[int, ...], np.dtype[np.int32]]":
-    assert (place + 1) * BLOCK <= sequence.known, "not all tokens of the block are known"
-    return sequence.ids[place * BLOCK : (place + 1) * BLOCK]
+def _digests(sequence: Sequence, count: int) -> list[bytes]:
+    """Names, of at least so many full blocks, each one's tokens and all before them."""
+    digests, size = sequence.digests, BLOCK * TOKEN_BYTES
+    if len(digests) < count:
+        assert count * BLOCK <= sequence.known, "not all tokens of the block are known"
+        tokens = sequence.ids[len(digests) * BLOCK : count * BLOCK].tobytes()
+        for at in range(0, len(tokens), size):
+            parent = digests[-1] if digests else ROOT
+            digests.append(blake2b(parent + tokens[at : at + size], digest_size=16).digest())
+    return digests
 
 
 def _partial(sequence: Sequence) -> bytes:

@@ -9,7 +9,8 @@ deterministic). Knows no threads: whoever makes an Engine calls it from one thre
 
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from array import array
+from collections.abc import Callable, Collection, Iterable
 
 import numpy as np
 
@@ -45,7 +46,7 @@ class Engine:
                 raise ValueError(f"{name} is {value}; it must be {minimum} or more")
         self._runner, self._clock, self._speculate = runner, clock, speculate
         self._stop = frozenset(stop)
-        self._check_ids("stop", self._stop)
+        self._checked("stop", self._stop)
         self._kv_tokens = runner.blocks * BLOCK
         self.scheduler = Scheduler(
             BlockPool(runner.blocks),
@@ -63,8 +64,8 @@ class Engine:
         context = self._runner.config.context
         if not len(tokens):
             raise ValueError("tokens is empty; a prompt needs at least 1 token")
-        self._check_ids("tokens", tokens)
-        self._check_ids("stop", params.stop)
+        prompt = self._checked("tokens", tokens)
+        self._checked("stop", params.stop)
         if len(tokens) >= context:
             raise ValueError(
                 f"tokens are {len(tokens)}; the context is {context}, so a prompt has at most {context - 1}"
@@ -80,7 +81,7 @@ class Engine:
         replies = []
         for index in range(params.n):
             ids = np.zeros(capacity, np.int32)
-            ids[: len(tokens)] = tokens
+            ids[: len(tokens)] = prompt
             replies.append(
                 Sequence(
                     id=self._next_id,
@@ -155,13 +156,16 @@ class Engine:
             **self._counters.values(),
         )
 
-    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
-        size, ids = self._runner.vocab_size, list(ids)
-        if set(map(type, ids)) <= {int} and (not ids or (min(ids) >= 0 and max(ids) < size)):
-            return  # as good as always, and quick
-        for token in ids:
-            if not isinstance(token, (int, np.integer)) or not 0 <= token < size:
-                raise ValueError(f"{name} holds {token!r:.80}; the vocabulary has the ids 0 to {size - 1}")
+    def _checked(self, name: str, ids: Collection[int]) -> Ints:
+        size = self._runner.vocab_size
+        try:
+            found = np.asarray(array("i", list(ids)))
+        except (TypeError, OverflowError):  # no whole number, or one beyond any vocabulary
+            found = None
+        if found is None or (len(found) and found.view(np.uint32).max() >= size):
+            wrong = next(t for t in ids if not isinstance(t, (int, np.integer)) or not 0 <= t < size)
+            raise ValueError(f"{name} holds {wrong!r:.80}; the vocabulary has the ids 0 to {size - 1}")
+        return found
 
     def _grow(self, sequence: Sequence, drawn: list[Drawn | None], now: float) -> Output:
         """Appends the tokens of the draft that are right, and the one after them.

@@ -66,10 +66,10 @@ class _Chat:
         return f"\n  ({end.reply_tokens} tokens, {end.reply_tokens / seconds:.0f} tokens/s{cut})\n"
 
 
-def chat(url: str) -> int:
+def chat(url: str, key: str | None = None) -> int:
     """Talks until the input ends. Returns 0, or 1 with one sentence if the service cannot be reached."""
     try:
-        with Client(url) as client:
+        with Client(url, key) as client:
             card = client.model()
             terminal = sys.stdin.isatty() and sys.stdout.isatty()
             talk = _Chat(client, card["id"], sys.stdout, terminal)

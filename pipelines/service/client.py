@@ -12,6 +12,7 @@ from nanochat.chat import Message
 
 CONNECT_TIMEOUT_S = 5
 SILENCE_TIMEOUT_S = 300  # a queue may be long
+KEY_VARIABLE = "NANOCHAT_API_KEY"  # of the environment; read by the command line
 
 
 class ServiceError(RuntimeError):
@@ -28,9 +29,9 @@ class End:
 
 
 class Client:
-    """A connection to one service. Use it in a `with` statement."""
+    """A connection to one service. Use it in a `with` statement. key: where the service wants one."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, key: str | None = None) -> None:
         self.url = url.rstrip("/")
         try:
             host = httpx.URL(self.url).host
@@ -38,7 +39,9 @@ class Client:
             raise ServiceError(f"{url} is no address: {error}") from error
         timeout = httpx.Timeout(SILENCE_TIMEOUT_S, connect=CONNECT_TIMEOUT_S)
         # A proxy of the environment is for other hosts.
-        self._http = httpx.Client(base_url=self.url, timeout=timeout, trust_env=not _is_loopback(host))
+        self._http = httpx.Client(
+            base_url=self.url, timeout=timeout, trust_env=not _is_loopback(host), headers=_headers(key)
+        )
 
     def __enter__(self) -> "Client":
         return self
@@ -100,7 +103,17 @@ class Client:
         return ServiceError(f"{self.url} broke off: {error or type(error).__name__}")
 
 
+def _headers(key: str | None) -> dict[str, str]:
+    if not key:
+        return {}
+    if not (key.isascii() and key.isprintable()):
+        raise ServiceError(f"the key in {KEY_VARIABLE} has characters that no key has; set it anew")
+    return {"Authorization": f"Bearer {key}"}
+
+
 def _said(answer: httpx.Response) -> str:
+    if answer.status_code == httpx.codes.UNAUTHORIZED:
+        return f"{answer.url.copy_with(path='/')} wants a key that it knows: set {KEY_VARIABLE} to yours"
     try:
         return str(answer.json()["error"]["message"])
     except (ValueError, LookupError, TypeError):

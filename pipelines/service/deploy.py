@@ -9,55 +9,118 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from dataclasses import dataclass
 from types import FrameType
-from typing import Any, TextIO
+from typing import TextIO
+
+import httpx
 
 from pipelines.artifacts import Store
 from pipelines.load import Loaded
 from pipelines.ray_local import ray_running
 from pipelines.service.bundle import Bundle, RefusedError, find_bundle
 from pipelines.service.client import Client, End, ServiceError
+from pipelines.service.keys import KeyFileError, Keys, open_to_others, read_keys
 from pipelines.spec import Capacity
 
-APP = "nanochat"
 UP_TIMEOUT_S = 120
-# Answers that still run when the service is told to end have 5 s; Serve looks every 0.2 s whether there are any.
-DRAIN: dict[str, Any] = {"graceful_shutdown_timeout_s": 5, "graceful_shutdown_wait_loop_s": 0.2}
 
 logger = logging.getLogger(__name__)
 
 
-def serve(loaded: Loaded, store: Store, ask: list[str], once: bool, address: str | None = None) -> int:
-    """Serves the bundle until Ctrl-C, or with `once` until `ask` is answered. Returns the exit code.
+@dataclass(frozen=True)
+class Wish:
+    """What the user wants of the service."""
 
-    address: of a Ray cluster; None: a Ray of this machine is started, and ended with the service.
+    ask: Sequence[str] = ()  # once it is up
+    once: bool = False  # end when the questions are answered
+    rollback: bool = False  # to the bundle before the last rollout
+    stop: bool = False  # take it down
+
+
+def serve(loaded: Loaded, store: Store, wish: Wish, address: str | None = None, key: str | None = None) -> int:
+    """Serves the bundle. Returns the exit code.
+
+    key: with which the questions are asked, where the service wants one.
+
+    address: of the Ray it runs on, where it stays up, and where another bundle takes the place of one that is up.
+    None: a Ray of this machine is started, and ended with the service: at Ctrl-C, or with `once` after the questions.
     Raises BrokenArtifactError or StoreError; KeyboardInterrupt if Ctrl-C comes before the service is up.
     """
-    out, capacity = sys.stdout, loaded.profile.serve
     try:
-        bundle = find_bundle(loaded, store)
-        check_port(capacity.host, capacity.port)
-        with _ray(capacity, address), deployed(bundle, capacity) as url, Client(url) as client:
-            out.write(f"{bundle.card.id} is up at {url} - the chat page; Ctrl-C ends it\n")
-            for question in ask:
-                _answer(client, bundle.card.id, question, out)
-            out.write(f"\nAsk it yourself:\n{example(url, bundle.card.id)}\n")
-            out.flush()
-            if not once:
-                _until_interrupted()
-                out.write("\nended\n")
+        if address is None:
+            _serve_here(loaded, store, wish, key)
+        else:
+            _serve_there(loaded, store, wish, address, key)
     except (RefusedError, ServiceError) as error:
         sys.stderr.write(f"{error}\n")
         return error.code if isinstance(error, RefusedError) else 1
     return 0
 
 
-def example(url: str, model: str) -> str:
+def _serve_here(loaded: Loaded, store: Store, wish: Wish, key: str | None) -> None:
+    if wish.rollback or wish.stop:
+        word = "--rollback" if wish.rollback else "--stop"
+        said = f"{word} is for a service that is up: say on which Ray, as in RAY_ADDRESS=auto nanochat serve ... {word}"
+        raise RefusedError(2, said)
+    capacity = loaded.profile.serve
+    bundle = find_bundle(loaded, store)
+    keys = _keys(loaded)
+    check_port(capacity.host, capacity.port)
+    with _ray(capacity, None) as ray_address, deployed(bundle, capacity, keys) as url, Client(url, key) as client:
+        sys.stdout.write(f"{bundle.card.id} is up at {url} - the chat page; Ctrl-C ends it\n")
+        _answer_all(client, bundle.card.id, wish.ask, keyed=keys is not None)
+        if not wish.once:
+            sys.stdout.write(f"\nPut another bundle in its place:\nRAY_ADDRESS={ray_address} nanochat serve ...\n")
+            sys.stdout.flush()
+            _until_interrupted()
+            sys.stdout.write("\nended\n")
+
+
+def _serve_there(loaded: Loaded, store: Store, wish: Wish, address: str, key: str | None) -> None:
+    capacity = loaded.profile.serve
+    bundle = None if wish.rollback or wish.stop else find_bundle(loaded, store)
+    keys = _keys(loaded)
+    with _ray(capacity, address):
+        from pipelines.service import rollout
+
+        if wish.stop:
+            rollout.end()
+            sys.stdout.write("ended\n")
+            return
+        bundle = bundle or rollout.bundle_before(store)
+        done = rollout.roll_out(bundle, capacity, keys)
+        url = _address(capacity.host, capacity.port)
+        with Client(url, key) as client:
+            _wait_until_healthy(client)
+            sys.stdout.write(f"{bundle.card.id} ({bundle.files.address}) {done} at {url}; --stop ends it\n")
+            _answer_all(client, bundle.card.id, wish.ask, keyed=keys is not None)
+        if wish.once and done == "is up":
+            rollout.end()
+
+
+def _keys(loaded: Loaded) -> Keys | None:
+    """Who may ask. Raises RefusedError if their file cannot be used."""
+    name = loaded.profile.serve.keys
+    if name is None:
+        return None
+    path = loaded.base / name
+    try:
+        keys = read_keys(path)
+    except KeyFileError as error:
+        raise RefusedError(2, str(error)) from error
+    if warning := open_to_others(path):
+        sys.stderr.write(f"{warning}\n")
+    return keys
+
+
+def example(url: str, model: str, *, keyed: bool = False) -> str:
     """A command that asks the service."""
+    key = ' -H "Authorization: Bearer $NANOCHAT_API_KEY"' if keyed else ""
     return (
-        f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n"
+        f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json'{key} \\\n"
         f'  -d \'{{"model": "{model}", "stream": true, "messages": [{{"role": "user", "content": "Hello"}}]}}\''
     )
 
@@ -69,85 +132,47 @@ def check_port(host: str, port: int) -> None:
             pass
     except OSError as error:
         why = {
-            errno.EADDRINUSE: "is in use by another program; end that, or choose another port",
+            errno.EADDRINUSE: _who_uses(host, port),
             errno.EACCES: "may not be used by this user; choose a port above 1023",
         }.get(error.errno or 0, f"cannot be used ({error.strerror or error}); choose another host or port")
         other = port + 1 if 1023 < port < 65_535 else 8000
         raise RefusedError(1, f"port {port} of {host} {why}: --set serve.port={other}") from error
 
 
+def _who_uses(host: str, port: int) -> str:
+    with suppress(httpx.HTTPError, ValueError, KeyError, IndexError):
+        up = httpx.get(f"{_address(host, port)}/v1/models", timeout=2).json()["data"][0]["id"]
+        return f"is where {up!r} is up; RAY_ADDRESS=auto puts this bundle in its place; or choose another port"
+    return "is in use by another program; end that, or choose another port"
+
+
 @contextmanager
-def deployed(bundle: Bundle, capacity: Capacity) -> Iterator[str]:
+def deployed(bundle: Bundle, capacity: Capacity, keys: Keys | None = None) -> Iterator[str]:
     """The service on the Ray this process is connected to; yields its address once a replica has answered.
+
+    keys: who may ask; None: everybody.
 
     Raises RefusedError if it does not come up.
     """
-    from ray import serve as ray_serve  # Ray is imported once it is known that there is something to serve
-    from ray.serve.config import HTTPOptions
-    from ray.serve.schema import LoggingConfig
+    from pipelines.service import rollout  # Ray is imported once it is known that there is something to serve
 
-    quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
-        ray_serve.start(http_options=HTTPOptions(host=capacity.host, port=capacity.port), logging_config=quiet)
-        try:
-            ray_serve.run(_application(bundle, capacity, quiet), name=APP, route_prefix="/")
-        except RuntimeError as error:
-            raise RefusedError(1, f"the service did not come up: {_why(error)}") from error
-        url = f"http://{_reachable(capacity.host)}:{capacity.port}"
-        _wait_until_healthy(url)
-        yield url
+        rollout.roll_out(bundle, capacity, keys)
+        with Client(_address(capacity.host, capacity.port)) as client:
+            _wait_until_healthy(client)
+        yield _address(capacity.host, capacity.port)
     finally:
         with _hushed():
-            ray_serve.shutdown()
-
-
-def _application(bundle: Bundle, capacity: Capacity, logs: Any) -> Any:
-    from ray.serve import deployment
-
-    from pipelines.service.gateway import Gateway
-    from pipelines.service.replica import Replica
-
-    fewest, most = capacity.replicas
-    actor: dict[str, Any] = {"num_cpus": capacity.cpus}
-    if capacity.gpu is not None:
-        actor |= {"num_gpus": 1, "accelerator_type": capacity.gpu}
-    waiting = 4 * capacity.max_batch
-    options: dict[str, Any] = {
-        "ray_actor_options": actor,
-        "max_constructor_retry_count": 1,
-        "health_check_period_s": 2,  # a replica that is gone is missed after this long
-        "max_ongoing_requests": waiting,  # the engine queues what does not run yet
-        "max_queued_requests": waiting,  # in the gateway, when all replicas are full; then it is 429
-        **DRAIN,
-        "logging_config": logs,
-    }
-    if fewest == most:
-        options["num_replicas"] = most
-    else:
-        wanted = {"target_ongoing_requests": capacity.target_ongoing}
-        options["autoscaling_config"] = {"min_replicas": fewest, "max_replicas": most, **wanted}
-    replica = deployment(Replica).options(**options).bind(bundle.files, bundle.dtype, capacity)
-    gateway = deployment(Gateway).options(
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=1_000,
-        **DRAIN,
-        logging_config=logs,
-    )
-    return gateway.bind(replica, bundle.files, bundle.card)
+            rollout.end()
 
 
 @contextmanager
-def _ray(capacity: Capacity, address: str | None) -> Iterator[None]:
-    """The cluster at `address`, or a Ray of this machine that ends with the block."""
-    cpus = max(os.cpu_count() or 1, capacity.replicas[1] * capacity.cpus)
-    stack = ExitStack()
-    stack.enter_context(ray_running(address, cpus, dashboard=False))
-    try:
-        yield
-    finally:
-        with _hushed():
-            stack.close()
+def _ray(capacity: Capacity, address: str | None) -> Iterator[str]:
+    """The cluster at `address`, or a Ray of this machine that ends with the block; yields its address."""
+    # Twice the replicas: a rollout runs two bundles for a moment.
+    cpus = max(os.cpu_count() or 1, 2 * capacity.replicas[1] * capacity.cpus)
+    with ray_running(address, cpus, dashboard=False) as found:
+        yield found
 
 
 @contextmanager
@@ -159,13 +184,19 @@ def _hushed() -> Iterator[None]:
     logger.debug("Ray said at its end: %s", said.getvalue())
 
 
-def _wait_until_healthy(url: str) -> None:
+def _wait_until_healthy(client: Client) -> None:
     end = time.monotonic() + UP_TIMEOUT_S
-    with Client(url) as client:
-        while not client.healthy():
-            if time.monotonic() > end:
-                raise RefusedError(1, f"the service did not answer at {url}/health within {UP_TIMEOUT_S} s")
-            time.sleep(0.1)
+    while not client.healthy():
+        if time.monotonic() > end:
+            raise RefusedError(1, f"the service did not answer at {client.url}/health within {UP_TIMEOUT_S} s")
+        time.sleep(0.1)
+
+
+def _answer_all(client: Client, model: str, questions: Sequence[str], *, keyed: bool) -> None:
+    for question in questions:
+        _answer(client, model, question, sys.stdout)
+    sys.stdout.write(f"\nAsk it yourself:\n{example(client.url, model, keyed=keyed)}\n")
+    sys.stdout.flush()
 
 
 def _answer(client: Client, model: str, question: str, out: TextIO) -> None:
@@ -197,18 +228,7 @@ def _until_interrupted() -> None:
             signal.signal(number, handler)
 
 
-def _reachable(host: str) -> str:
-    """An address to ask at, for a host to listen on."""
-    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-
-
-def _why(error: RuntimeError) -> str:
-    """The last line that the deployment which failed has said; Serve's own error only names it."""
-    from ray import serve as ray_serve
-
-    application = ray_serve.status().applications.get(APP)
-    said = str(error)
-    for deployment in application.deployments.values() if application else []:
-        if deployment.status.name.endswith(("FAILED", "UNHEALTHY")):
-            said = deployment.message
-    return said.strip().splitlines()[-1].strip()
+def _address(host: str, port: int) -> str:
+    """Where to ask, for a host to listen on."""
+    name = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{name}:{port}"

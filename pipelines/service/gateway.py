@@ -1,66 +1,91 @@
-"""The HTTP service behind Ray Serve: everything of web.py over replicas that may die."""
+"""The HTTP front on Ray Serve: everything of web.py over the replicas of one bundle, which a rollout exchanges.
 
-from collections.abc import AsyncGenerator
-from contextlib import suppress
+It listens on the service's port itself. Serve's own proxy in front would cost more than all of the gateway does, and
+Ray's direct ingress does not get its port back when a gateway was killed. Several gateways of one machine share the
+port (SO_REUSEPORT), so a new one is there before an old one goes.
+"""
 
-from fastapi import FastAPI
+import asyncio
+import socket
+from typing import Any
+
+import uvicorn
 from ray import serve
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import BackPressureError, RayServeException
 from ray.serve.handle import DeploymentHandle
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from nanochat.engine.sampler import SampleParams
-from nanochat.engine.sequence import Output
-from nanochat.engine.stats import Stats
-from nanochat.files import Files
 from nanochat.tokenizer import Vocabulary
 from pipelines.service.failover import Continued
-from pipelines.service.protocol import ApiError, Card, ReplicaLostError
+from pipelines.service.keys import Keys
+from pipelines.service.replicas import Replicas
 from pipelines.service.web import make_app
 
-STATS_TIMEOUT_S = 5
+BACKLOG = 1_024  # connections that wait to be accepted
+KEEP_ALIVE_S = 75  # longer than the 60 s after which usual balancers close an idle connection
 
 
-class Replicas:
-    """A Backend: hands each request to one of the replicas."""
-
-    def __init__(self, handle: DeploymentHandle) -> None:
-        self._handle, self._all = handle.options(stream=True), handle
-
-    async def generate(self, tokens: list[int], params: SampleParams) -> AsyncGenerator[Output, None]:
-        """As Backend.generate."""
-        response = self._handle.generate.remote(tokens, params)
-        try:
-            async for output in response:
-                yield output
-        except BackPressureError as error:
-            raise ApiError(429, "too many requests wait already; ask again in a moment", code="overloaded") from error
-        except RayTaskError as error:  # what the replica's own code raised
-            raise error.cause from error
-        except (RayError, RayServeException) as error:
-            raise ReplicaLostError(type(error).__name__) from error
-        finally:
-            with suppress(RayServeException):  # said again for a request that was never let in
-                response.cancel()  # nothing happens if it has ended
-
-    async def stats(self) -> list[Stats]:
-        """As Backend.stats; a replica that does not answer is left out."""
-        try:
-            answers = await self._all.broadcast("stats").results_async(
-                timeout_s=STATS_TIMEOUT_S, return_exceptions=True
-            )
-        except (RayError, RayServeException, TimeoutError) as error:
-            raise ReplicaLostError(f"no replica says its load: {type(error).__name__}") from error
-        return [answer for answer in answers if isinstance(answer, Stats)]
-
-
-@serve.ingress()
 class Gateway:
-    """One HTTP front; holds the vocabulary, so replicas see tokens only."""
+    """Holds the vocabulary, so replicas see tokens only. A request stays with the bundle that it began with.
 
-    def __init__(self, replica: DeploymentHandle, files: Files, card: Card) -> None:
-        self._backend, self._files, self._card = Continued(Replicas(replica)), files, card
+    drain_s: what answers that run have when it is told to end.
+    """
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        """Called by Serve, which has this name for it, where the gateway runs."""
-        return make_app(self._backend, Vocabulary.load(self._files), self._card)
+    def __init__(self, host: str, port: int, drain_s: float, *replicas: DeploymentHandle) -> None:
+        # The handles are there because Serve deploys what a deployment is bound to.
+        self._host, self._port, self._drain_s = host, port, drain_s
+        self._told: dict[str, Any] = {}
+        self._app: ASGIApp  # by reconfigure
+        self._server: uvicorn.Server | None = None
+        self._serving: asyncio.Task[None]
+
+    async def reconfigure(self, told: dict[str, Any]) -> None:
+        """Called by Serve when it begins, and at each rollout. told["replica"]: who answers from now on."""
+        if (told["replica"], told["keys"]) != (self._told.get("replica"), self._told.get("keys")):
+            handle = serve.get_deployment_handle(told["replica"])
+            bundle = await handle.bundle.remote("")
+            vocab = await asyncio.to_thread(Vocabulary.load, bundle.files)
+            keys = None if told["keys"] is None else Keys.of(told["keys"])
+            self._app = make_app(Continued(Replicas(handle)), vocab, bundle.card, keys)
+        self._told = told
+        if self._server is None:
+            self._listen()
+
+    async def told(self) -> dict[str, Any]:
+        """What `reconfigure` was told last."""
+        return self._told
+
+    async def check_health(self) -> None:
+        """Serve asks this every few seconds and replaces the gateway if it raises."""
+        if self._server is not None and self._serving.done():
+            raise RuntimeError(f"nobody listens on port {self._port} any more")
+
+    async def __del__(self) -> None:
+        """Called by Serve, which waits for it: takes no connection any more, and ends when the last is done."""
+        if self._server is not None:
+            self._server.should_exit = True
+            await self._serving
+
+    def _listen(self) -> None:
+        family = socket.AF_INET6 if ":" in self._host else socket.AF_INET
+        listener = socket.socket(family)
+        for option in (socket.SO_REUSEADDR, socket.SO_REUSEPORT):
+            listener.setsockopt(socket.SOL_SOCKET, option, 1)
+        listener.bind((self._host, self._port))
+        settings = uvicorn.Config(
+            self._dispatch(),
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=self._drain_s,  # type: ignore[arg-type]  # asyncio takes parts of seconds
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+        )
+        self._server = uvicorn.Server(settings)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
+
+    def _dispatch(self) -> ASGIApp:
+        async def dispatch(scope: Scope, receive: Receive, send: Send) -> None:  # uvicorn takes a method for ASGI 2
+            await self._app(scope, receive, send)
+
+        return dispatch

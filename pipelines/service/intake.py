@@ -1,21 +1,24 @@
-"""How a request comes in: what is refused by its head, by its size and by its slowness, before a word is read.
+"""How a request comes in: what is refused by its key, its head, its size and its slowness, before a word is read.
 
 Before us uvicorn refuses a head that is no HTTP, and one of over 64 KiB where it parses with h11 (httptools, its
 default where installed, sets no limit; ours then holds).
 """
 
 import asyncio
+from math import ceil
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from pipelines.service.keys import Key, Keys
 from pipelines.service.protocol import ApiError
 from pipelines.service.requests import MOST_BODY_BYTES
 
 MOST_HEAD_BYTES = 1 << 16
 STALL_S = 10  # without a byte of the body
 BODY_S = 60  # for all of it
+RETRY_S = 2  # where nothing better is known
 
 
 class HeadLimit:
@@ -57,6 +60,20 @@ async def read_body(request: Request) -> bytes:
     return bytes(body)
 
 
+def asker(request: Request, keys: Keys | None) -> Key | None:
+    """Whose key the request has; None where everybody may ask. Raises ApiError 401."""
+    if keys is None:
+        return None
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        said = "this service wants a key: send the header `Authorization: Bearer KEY`"
+        raise ApiError(401, said, code="invalid_api_key")
+    found = keys.find(key.strip())
+    if found is None:
+        raise ApiError(401, "the key is not known here; ask whoever runs the service", code="invalid_api_key")
+    return found
+
+
 async def left(request: Request) -> None:
     """Returns when the client has gone. Only after the body was read."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -67,7 +84,9 @@ def error_response(error: ApiError) -> Response:
     """An error in OpenAI's shape. Where a body may be on its way that nobody reads, the connection ends with it."""
     headers = {"Connection": "close"} if error.status in (408, 413, 415, 431) else {}
     if error.status in (429, 503):
-        headers["Retry-After"] = "2"
+        headers["Retry-After"] = str(max(1, ceil(error.retry_after_s or RETRY_S)))
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error.body, error.status, headers)
 
 

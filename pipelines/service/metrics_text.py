@@ -48,6 +48,7 @@ HISTOGRAMS = {
 }
 REASONS: dict[Finish, str] = {"stop": "stop", "length": "length", "timeout": "abort", "error": "error"}
 LABELS = ["model_name", "engine"]
+TURNED_AWAY = ("invalid_api_key", "rate_limit_exceeded", "overloaded")  # codes of 401 and 429
 
 
 class Counted:
@@ -79,6 +80,14 @@ class Counted:
 def answers_counter(registry: CollectorRegistry) -> Counter:
     """The gateway's answers, under the name and labels that vLLM's own server has for them."""
     return Counter("http_requests", "Answers over HTTP.", ["method", "handler", "status"], registry=registry)
+
+
+def turned_away_counter(registry: CollectorRegistry) -> Counter:
+    """The requests that were turned away unanswered, by the error's code."""
+    counter = Counter("nanochat:requests_turned_away", "Requests that got 401 or 429.", ["reason"], registry=registry)
+    for reason in TURNED_AWAY:
+        counter.labels(reason)  # it is told from the start, so that a rate has something to begin at
+    return counter
 
 
 def exposition(registry: CollectorRegistry, model: str, engines: list[Stats]) -> bytes:

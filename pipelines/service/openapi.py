@@ -22,17 +22,20 @@ from pipelines.service.requests import (
 REF = "#/components/schemas/{model}"
 ERRORS = {
     "400": "The body is no JSON, or says something that is not allowed or not supported.",
+    "401": "The key is missing or not known.",
     "404": "Another model is served.",
     "405": "Another method is allowed here.",
     "408": "The body did not come.",
     "413": f"The body is larger than {MOST_BODY_BYTES} bytes.",
     "415": "The body is not application/json.",
-    "429": "Too many requests wait already; ask again after Retry-After.",
+    "429": "Too much waits already, or the key's limits are reached; ask again after Retry-After.",
     "431": "The headers are too large.",
     "500": "The service is at fault.",
     "503": "The replica that was answering is gone; ask again after Retry-After.",
     "504": "The reply took too long.",
 }
+OPEN_PATHS = ("/health",)  # for load balancers; what Prometheus reads wants a key, which it can send
+NOT_OF_A_POST = ("401", "405")  # 401 only where keys are wanted, 405 by another method
 ERROR = {
     "type": "object",
     "required": ["error"],
@@ -51,8 +54,8 @@ ERROR = {
 }
 
 
-def document(card: Card, vocab_size: int) -> dict[str, Any]:
-    """The document of the service of one model."""
+def document(card: Card, vocab_size: int, *, keyed: bool = False) -> dict[str, Any]:
+    """The document of the service of one model. keyed: it wants keys."""
     chat = _request(ChatRequest, NEUTRAL_CHAT, card)
     completion = _request(CompletionRequest, NEUTRAL_COMPLETION, card)
     _limit_tokens(completion, vocab_size)
@@ -61,7 +64,7 @@ def document(card: Card, vocab_size: int) -> dict[str, Any]:
         schemas[answer.__name__] = TypeAdapter(answer).json_schema(ref_template=REF)
     for schema in list(schemas.values()):
         schemas.update(schema.pop("$defs", {}))
-    return {
+    made: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {
             "title": "nanochat-ray",
@@ -95,6 +98,19 @@ def document(card: Card, vocab_size: int) -> dict[str, Any]:
         },
         "components": {"schemas": schemas},
     }
+    if keyed:
+        _want_keys(made)
+    return made
+
+
+def _want_keys(made: dict[str, Any]) -> None:
+    """Says which paths want a key."""
+    made["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, item in made["paths"].items():
+        for operation in item.values():
+            if path not in OPEN_PATHS:
+                operation["security"] = [{"key": []}]
+                operation["responses"]["401"] = _answer(ERRORS["401"], _json(_ref("Error")))
 
 
 def _request(kind: Any, neutral: dict[str, tuple[Any, ...]], card: Card) -> dict[str, Any]:
@@ -149,7 +165,9 @@ def _post(request: str, whole: str, event: str) -> dict[str, Any]:
         "requestBody": {"required": True, "content": _json(_ref(request))},
         "responses": {
             "200": _answer("The answer; events where `stream` is true.", answer),
-            **{code: _answer(said, _json(_ref("Error"))) for code, said in ERRORS.items() if code != "405"},
+            **{
+                code: _answer(said, _json(_ref("Error"))) for code, said in ERRORS.items() if code not in ("401", "405")
+            },
         },
     }
 

@@ -5,6 +5,7 @@ No HTTP, no Ray, no torch. OpenAI's words are in requests.py (what a client may 
 
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nanochat.chat import Message
@@ -18,10 +19,13 @@ if TYPE_CHECKING:
 class Backend(Protocol):
     """What answers: an engine in a thread of this process, or one of many behind Ray Serve."""
 
-    def generate(self, tokens: list[int], params: SampleParams) -> AsyncGenerator[Output, None]:
+    def generate(
+        self, tokens: list[int], params: SampleParams, *, admitted: bool = False
+    ) -> AsyncGenerator[Output, None]:
         """Outputs of one request: of each of its n replies the last has `finish`. Closing the iterator cancels it.
 
-        Raises ReplicaLostError if whoever answers is gone.
+        admitted: it was let in before and is continued, so no queue is too long for it.
+        Raises OverloadedError; ReplicaLostError if whoever answers is gone.
         """
 
     async def stats(self) -> "list[Stats]":
@@ -38,11 +42,19 @@ def error_type(status: int) -> str:
 
 
 class ApiError(Exception):
-    """An answer in OpenAI's error shape."""
+    """An answer in OpenAI's error shape. retry_after_s: when it may be otherwise."""
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
+    ) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.code, self.retry_after_s = status, code, retry_after_s
         self.body = {
             "error": {
                 "message": message,
@@ -51,6 +63,27 @@ class ApiError(Exception):
                 "code": code,
             }
         }
+
+
+class OverloadedError(ApiError):
+    """No room for one more request. waits: what does already."""
+
+    def __init__(self, waits: str, retry_after_s: float) -> None:
+        wait = max(1, ceil(retry_after_s))
+        super().__init__(429, f"{waits}; ask again in {wait} s", code="overloaded", retry_after_s=wait)
+        self._made_of = waits, retry_after_s
+
+    def __reduce__(self) -> tuple[type["OverloadedError"], tuple[str, float]]:
+        """A replica's error is unpickled by the gateway; Exception's own way would pass the message alone."""
+        return type(self), self._made_of
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a replica says to a request: its own name, and why it does not take it."""
+
+    replica: str
+    error: OverloadedError | None = None
 
 
 @dataclass(frozen=True)

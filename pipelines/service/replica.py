@@ -1,51 +1,158 @@
 """One copy of the model behind Ray Serve: tokens in, tokens out. Text and HTTP are the gateway's.
 
-deploy.py makes a deployment of it; the class itself needs no Ray.
+A gateway asks by `submit` and hears all its requests on one stream, `outputs`: a message a step. A message a token,
+as a stream for each request would send it, costs Ray about 0.6 ms of Python, and a step of 32 tokens takes 30.
+
+deploy.py makes a deployment of it; the class itself needs Ray only to know its own name.
 """
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
 
-import torch
+from ray import serve
 
-from nanochat.checkpoint import open_weights
-from nanochat.engine.engine import Engine
-from nanochat.engine.runner import Precision, make_runner
 from nanochat.engine.sampler import SampleParams
-from nanochat.engine.sequence import Output
 from nanochat.engine.stats import Stats
-from nanochat.files import Files
-from pipelines.service.worker import Worker
+from pipelines.service.admission import Admission
+from pipelines.service.bundle import Bundle
+from pipelines.service.calls import Heard
+from pipelines.service.loading import STEP_TOKENS, load_engine, smoke
+from pipelines.service.protocol import Answer, OverloadedError, ReplicaLostError
+from pipelines.service.scaling import report
+from pipelines.service.worker import Sink, Worker
 from pipelines.spec import Capacity
+
+IDLE_S = 2  # a stream on which nothing is open ends after this long, so that a replica can be stopped
+SILENT_S = 10  # a caller that has asked and does not listen is gone after this long
+
+
+@dataclass(eq=False)
+class _Client:
+    """A gateway: what it has asked for and not heard yet."""
+
+    waiting: list[Heard] = field(default_factory=list)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    open: dict[int, tuple[int, Callable[[], None]]] = field(default_factory=dict)  # replies left, what cancels them
+    listens: bool = False
+
+    def hear(self, message: Sequence[Heard]) -> None:
+        for number, item in message:
+            if number not in self.open:
+                continue  # cancelled since
+            self.waiting.append((number, item))
+            left, cancel = self.open[number]
+            left = 0 if isinstance(item, Exception) else left - (item.finish is not None)
+            if left:
+                self.open[number] = left, cancel
+            else:
+                del self.open[number]
+        self.news.set()
+
+    def cancel(self, number: int) -> None:
+        if call := self.open.pop(number, None):
+            call[1]()
 
 
 class Replica:
-    """Loads a bundle and runs one engine in a thread."""
+    """Loads a bundle and runs one engine in a thread. Raises RuntimeError where the model says nothing sane."""
 
-    def __init__(self, files: Files, precision: Precision, capacity: Capacity) -> None:
-        torch.set_num_threads(capacity.cpus)
-        with open_weights(files) as (config, vocab_size, weights):
-            runner = make_runner(
-                config,
-                vocab_size,
-                weights,
-                kv_tokens=capacity.kv_tokens,
-                precision=capacity.precision or precision,
-                device="cpu" if capacity.gpu is None else "cuda",
-                threads=capacity.cpus,
-            )
-        self._worker = Worker(Engine(runner, max_batch=capacity.max_batch, speculate=capacity.speculate))
+    def __init__(self, bundle: Bundle, capacity: Capacity) -> None:
+        engine = load_engine(bundle.files, bundle.dtype, capacity)
+        smoke(engine)
+        self._bundle = bundle
+        self._admission = Admission(
+            places=capacity.max_batch,
+            kv_tokens=capacity.kv_tokens,
+            step_tokens=STEP_TOKENS,
+            max_wait_s=capacity.max_wait_s,
+            max_queued_tokens=capacity.max_queued_tokens,
+        )
+        self._slots = capacity.max_batch
+        self._worker = Worker(engine, self._admission)
+        self._name = serve.get_replica_context().replica_id.unique_id
+        self._clients: dict[str, _Client] = {}
 
-    async def generate(self, tokens: list[int], params: SampleParams) -> AsyncGenerator[Output, None]:
-        """As Backend.generate."""
-        async with aclosing(self._worker.generate(tokens, params)) as outputs:
-            async for output in outputs:
-                yield output
+    async def submit(
+        self,
+        client: str,
+        number: int,
+        tokens: list[int],
+        params: SampleParams,
+        *,
+        refused: frozenset[str] = frozenset(),
+        admitted: bool = False,
+    ) -> Answer:
+        """Takes a request of a gateway, which hears of it under `number`. Raises ReplicaLostError.
+
+        refused: replicas that had no room for it; the router reads it.  admitted: as Backend.generate.
+        """
+        asker = self._clients.setdefault(client, _Client())
+        loop = asyncio.get_running_loop()
+        try:
+            cancel = self._worker.submit(Sink(loop, asker.hear), number, tokens, params, admitted=admitted)
+        except OverloadedError as error:
+            return Answer(self._name, error)
+        asker.open[number] = params.n, cancel
+        if not asker.listens:
+            loop.call_later(SILENT_S, self._forget_the_deaf, client)
+        return Answer(self._name)
+
+    async def outputs(self, replica: str, client: str) -> AsyncGenerator[list[Heard], None]:
+        """All that the gateway's requests hear. Ends when none is open; its end cancels those that are."""
+        if replica != self._name:
+            raise ReplicaLostError(f"replica {replica} is gone")
+        asker = self._clients.setdefault(client, _Client())
+        asker.listens = True
+        try:
+            while True:
+                try:
+                    async with asyncio.timeout(IDLE_S):
+                        await asker.news.wait()
+                except TimeoutError:
+                    if asker.open or asker.waiting:
+                        continue
+                    return
+                asker.news.clear()
+                message, asker.waiting = asker.waiting, []
+                if message:
+                    yield message
+        finally:
+            self._forget(client)
+
+    async def cancel(self, replica: str, client: str, number: int) -> None:
+        """The gateway's reader of this request has left."""
+        if client in self._clients:
+            self._clients[client].cancel(number)
+
+    def bundle(self, replica: str) -> Bundle:
+        """What it serves."""
+        return self._bundle
 
     def stats(self) -> Stats:
         """The engine's load."""
         return self._worker.load()
 
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks this every second; scaling.py reads it."""
+        admission = self._admission
+        return report(
+            self._worker.load(),
+            slots=self._slots,
+            tokens_waiting=admission.waiting_tokens,
+            admitted=admission.admitted,
+            refused=admission.refused,
+        )
+
     def check_health(self) -> None:
         """Serve asks this every few seconds and replaces the replica if it raises."""
         self._worker.check()
+
+    def _forget(self, client: str) -> None:
+        asker = self._clients.pop(client, _Client())
+        for number in list(asker.open):
+            asker.cancel(number)
+
+    def _forget_the_deaf(self, client: str) -> None:
+        if client in self._clients and not self._clients[client].listens:
+            self._forget(client)

@@ -5,6 +5,7 @@ long as others of the same request run; what still comes of it is dropped.
 """
 
 import asyncio
+import random
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping
@@ -137,7 +138,7 @@ class Service:
         """A real forward pass, or one just now. Raises TimeoutError or what the backend raises."""
         if time.monotonic() - self._heard < HEARD_S:
             return
-        prompt = [self.vocab.special["<|bos|>"]]
+        prompt = [self.vocab.special["<|bos|>"], random.randrange(self.vocab_size)]  # so none that failover refuses
         try:
             async with asyncio.timeout(HEALTH_TIMEOUT_S):
                 async with aclosing(self.backend.generate(prompt, SampleParams(1, temperature=0))) as outputs:

@@ -6,6 +6,7 @@ hears in answers.py; openapi.py tells both to machines.
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -14,16 +15,26 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Counter
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from pipelines.service.answers import ChatShape, Shape, TextShape, Tokens, event, usage
-from pipelines.service.intake import HeadLimit, error_response, read_body
-from pipelines.service.metrics_text import MEDIA_TYPE, Counted, answers_counter, exposition
+from pipelines.service.intake import HeadLimit, asker, error_response, read_body
+from pipelines.service.keys import Keys
+from pipelines.service.metrics_text import MEDIA_TYPE, Counted, answers_counter, exposition, turned_away_counter
 from pipelines.service.openapi import document
 from pipelines.service.parse import parse_chat, parse_completion
-from pipelines.service.protocol import ApiError, Ask, Backend, Card, ReplicaLostError, no_such_model
+from pipelines.service.protocol import (
+    ApiError,
+    Ask,
+    Backend,
+    Card,
+    OverloadedError,
+    ReplicaLostError,
+    no_such_model,
+)
+from pipelines.service.rates import Rates
 from pipelines.service.replies import Delta, Service, Vocab
 from pipelines.service.stream import Events, unless_left
 
@@ -62,24 +73,34 @@ class _Job:
         """Tokens of the prompts."""
         return sum(map(len, self.prompts))
 
+    def most(self, context: int) -> int:
+        """Tokens that its replies can have."""
+        params = self.ask.params
+        return params.n * sum(min(params.max_tokens, context - len(prompt)) for prompt in self.prompts)
 
-def make_app(backend: Backend, vocab: Vocab, card: Card) -> FastAPI:
-    """The whole HTTP service over `backend`."""
+
+def make_app(backend: Backend, vocab: Vocab, card: Card, keys: Keys | None = None) -> FastAPI:
+    """The whole HTTP service over `backend`. keys: who may ask and how much; None: everybody, and any amount.
+
+    Whoever has no key sees the page's files, the document and the health, and nothing that the model says.
+    """
     service, registry = Service(backend, vocab, card), CollectorRegistry()
     app = FastAPI(title="nanochat-ray", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(HeadLimit)
     app.add_middleware(Counted, answers=answers_counter(registry))  # the last is outermost
-    _handle_errors(app)
+    _handle_errors(app, turned_away_counter(registry))
     _serve_page(app)
-    _serve_replies(app, service)
-    described = document(card, service.vocab_size)
+    _serve_replies(app, service, keys)
+    described = document(card, service.vocab_size, keyed=keys is not None)
 
     @app.get("/v1/models")
-    async def models() -> dict[str, Any]:
+    async def models(request: Request) -> dict[str, Any]:
+        asker(request, keys)
         return {"object": "list", "data": [card.shown()]}
 
     @app.get("/v1/models/{name:path}")
-    async def model(name: str) -> dict[str, Any]:
+    async def model(request: Request, name: str) -> dict[str, Any]:
+        asker(request, keys)
         if name != card.id:
             raise no_such_model(name, card.id)
         return card.shown()
@@ -94,17 +115,20 @@ def make_app(backend: Backend, vocab: Vocab, card: Card) -> FastAPI:
             await service.alive()
         except (TimeoutError, ReplicaLostError) as error:
             return JSONResponse({"status": "down", "model": card.id, "why": str(error)}, 503)
+        except OverloadedError:
+            pass  # said by an engine that is at work
         return JSONResponse({"status": "ok", "model": card.id})
 
     @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(request: Request) -> Response:
+        asker(request, keys)
         return Response(exposition(registry, card.id, await backend.stats()), media_type=MEDIA_TYPE)
 
     return app
 
 
-def _serve_replies(app: FastAPI, service: Service) -> None:
-    tokens = Tokens(service.vocab)
+def _serve_replies(app: FastAPI, service: Service, keys: Keys | None) -> None:
+    tokens, rates = Tokens(service.vocab), Rates(time.monotonic)
 
     def chat(body: bytes) -> _Job:
         ask = parse_chat(body, service.card)
@@ -115,12 +139,19 @@ def _serve_replies(app: FastAPI, service: Service) -> None:
         return _Job(ask, service.prompts(ask), TextShape(service.card, tokens, ask.params.logprobs))
 
     async def answer(request: Request, prepare: Callable[[bytes], _Job]) -> Response:
+        key = asker(request, keys)
         body = await read_body(request)
         job = prepare(body) if len(body) <= SMALL_BODY_BYTES else await asyncio.to_thread(prepare, body)
         deltas = service.replies(job.prompts, job.ask)
+        if key is not None:
+            deltas = rates.metered(key, job.read, job.most(service.card.context), deltas)
         if job.ask.stream:
-            return await _stream(request, job, deltas)
-        return JSONResponse(await unless_left(request, _whole(job, deltas)))
+            response: Response = await _stream(request, job, deltas)
+        else:
+            response = JSONResponse(await unless_left(request, _whole(job, deltas)))
+        if key is not None:
+            response.headers.update(rates.headers(key))
+        return response
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -131,9 +162,11 @@ def _serve_replies(app: FastAPI, service: Service) -> None:
         return await answer(request, completion)
 
 
-def _handle_errors(app: FastAPI) -> None:
+def _handle_errors(app: FastAPI, turned_away: Counter) -> None:
     @app.exception_handler(ApiError)
     async def refused(request: Request, error: ApiError) -> Response:
+        if error.status in (401, 429):
+            turned_away.labels(error.code).inc()
         return error_response(error)
 
     @app.exception_handler(HTTPException)

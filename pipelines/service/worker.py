@@ -1,50 +1,63 @@
 """One engine in a thread of its own, asked from asyncio. Knows no HTTP and no Ray.
 
-The thread alone touches the engine. Each request has an asyncio queue on its caller's loop; what lies in it when the
-caller wakes is handed on as one piece, so the first token goes out at once and a slow reader gets larger pieces.
+The thread alone touches the engine. A caller hears all its requests through one sink, a message a step: thirty-two
+replies cost one wake-up of the caller, not thirty-two.
 """
 
 import asyncio
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass, replace
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
 
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampler import SampleParams
 from nanochat.engine.sequence import Output
 from nanochat.engine.stats import Stats
+from pipelines.service.admission import Admission, Ticket
+from pipelines.service.calls import Calls, Heard
 from pipelines.service.protocol import ReplicaLostError
 
 logger = logging.getLogger(__name__)
+
+
+class Sink:
+    """Where a caller hears of its requests: a function, called on its loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, hear: Callable[[Sequence[Heard]], None]) -> None:
+        self._loop, self._hear = loop, hear
+        self.closed = False  # nobody is left to hear
+
+    def put(self, message: Sequence[Heard]) -> None:
+        """Called by the thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._hear, message)
+        except RuntimeError:  # the loop is closed
+            self.closed = True
 
 
 @dataclass(eq=False, slots=True)
 class _Call:
     """One request on its way to the thread and back."""
 
+    sink: Sink
+    number: int  # the caller's own
     tokens: list[int]
     params: SampleParams
-    loop: asyncio.AbstractEventLoop
-    out: "asyncio.Queue[Output | Exception]"
+    ticket: Ticket | None  # of its admission
     id: int | None = None  # in the engine
     open: int = 0  # replies that have not ended
     left: bool = False  # the caller is not interested any more
-
-    def put(self, item: Output | Exception) -> None:
-        """Called by the thread."""
-        try:
-            self.loop.call_soon_threadsafe(self.out.put_nowait, item)
-        except RuntimeError:  # the caller's loop is closed: nobody is left to hear it
-            self.left = True
 
 
 class Worker:
     """A Backend: runs the engine whenever there is a request, sleeps otherwise."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, admission: Admission | None = None) -> None:
+        self._engine, self._admission = engine, admission
         self._inbox: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()  # None: close
         self._calls: dict[int, _Call] = {}
         self._stats = engine.stats()
@@ -53,27 +66,40 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    async def generate(self, tokens: list[int], params: SampleParams) -> AsyncGenerator[Output, None]:
-        """Outputs of one request as they come. Closing the iterator cancels. Raises ValueError, ReplicaLostError."""
-        call = _Call(tokens, params, asyncio.get_running_loop(), asyncio.Queue())
+    def submit(
+        self, sink: Sink, number: int, tokens: list[int], params: SampleParams, *, admitted: bool = False
+    ) -> Callable[[], None]:
+        """Asks; the sink hears of it under `number`. Returns what cancels it.
+
+        Raises OverloadedError, where there is an admission and it was not `admitted` before, and ReplicaLostError.
+        """
+        ticket = self._admission.admit(len(tokens), params.n, admitted=admitted) if self._admission else None
+        call = _Call(sink, number, tokens, params, ticket)
         self._inbox.put(call)
-        unfinished = params.n
-        try:
-            self.check()  # after put: a thread that ends later finds the call in the inbox
-            while True:
-                items = [await call.out.get()]
-                while not call.out.empty():
-                    items.append(call.out.get_nowait())
-                for output in _joined([item for item in items if isinstance(item, Output)]):
-                    unfinished -= output.finish is not None
-                    yield output
-                if isinstance(items[-1], Exception):
-                    raise items[-1]
-                if not unfinished:
-                    return
-        finally:
+        self.check()  # after put: a thread that ends later finds the call in the inbox
+
+        def cancel() -> None:
             call.left = True
+            if ticket:
+                ticket.leave()
             self._inbox.put(call)  # wakes the thread, which then forgets it
+
+        return cancel
+
+    async def generate(
+        self, tokens: list[int], params: SampleParams, *, admitted: bool = False
+    ) -> AsyncGenerator[Output, None]:
+        """As Backend.generate. Raises ValueError too."""
+        calls = Calls()
+        number = calls.open()
+        sink = Sink(asyncio.get_running_loop(), calls.hear)
+        cancel = self.submit(sink, number, tokens, params, admitted=admitted)
+        try:
+            async with aclosing(calls.outputs(number, params.n)) as outputs:
+                async for output in outputs:
+                    yield output
+        finally:
+            cancel()
 
     def check(self) -> None:
         """Raises ReplicaLostError if the thread has died or was closed."""
@@ -98,15 +124,15 @@ class Worker:
         self._thread.join()
 
     def _run(self) -> None:
+        now = time.monotonic()
         try:
             while not self._closed:
-                self._take()
-                for output in self._engine.step():
-                    broken = ReplicaLostError("the model's logits are not finite: its weights are broken")
-                    self._calls[output.id].put(broken if output.finish == "error" else output)
-                    if output.finish:
-                        self._ended(output.id)
+                waited_s = self._take()
+                self._tell(self._engine.step())
                 self._stats = self._engine.stats()
+                if self._admission:
+                    before, now = now, time.monotonic()
+                    self._admission.stepped(self._stats, now - before - waited_s)
         except Exception as error:
             self._error = error
             logger.critical("the engine has failed", exc_info=error)
@@ -114,35 +140,61 @@ class Worker:
             self._closed = True
             self._abandon()
 
+    def _tell(self, outputs: list[Output]) -> None:
+        """Every caller what a step has made for it."""
+        messages: dict[Sink, list[Heard]] = {}
+        for output in outputs:
+            call = self._calls[output.id]
+            said: Output | Exception = output
+            if output.finish == "error":
+                said = ReplicaLostError("the model's logits are not finite: its weights are broken")
+            messages.setdefault(call.sink, []).append((call.number, said))
+            if call.ticket:
+                call.ticket.answered()
+            if output.finish:
+                self._ended(output.id)
+        for sink, message in messages.items():
+            sink.put(message)
+
     def _ended(self, id: int) -> None:
         """One of its replies has."""
         call = self._calls[id]
         call.open -= 1
+        if call.ticket:
+            call.ticket.ended()
         if not call.open:
             del self._calls[id]
 
-    def _take(self) -> None:
-        """Moves new and ended calls from the inbox to the engine; waits for one if there is nothing else to do."""
-        wait = not self._calls
+    def _take(self) -> float:
+        """Moves new and ended calls from the inbox to the engine; waits for one if there is nothing else to do.
+
+        Returns how long it has waited, in seconds.
+        """
+        wait, began, waited_s = not self._calls, time.monotonic(), 0.0
         while True:
             try:
                 call = self._inbox.get(block=wait)
             except queue.Empty:
                 break
-            wait = False
+            if wait:
+                wait, waited_s = False, time.monotonic() - began
             if call is None:
                 break
             if call.id is None and not call.left:
                 self._add(call)
-        for id in [id for id, call in self._calls.items() if call.left]:
-            del self._calls[id]
+        for id in [id for id, call in self._calls.items() if call.left or call.sink.closed]:
+            if ticket := self._calls.pop(id).ticket:
+                ticket.leave()
             self._engine.cancel(id)
+        return waited_s
 
     def _add(self, call: _Call) -> None:
         try:
             call.id, call.open = self._engine.add(call.tokens, call.params), call.params.n
         except ValueError as error:
-            call.put(error)
+            if call.ticket:
+                call.ticket.leave()
+            call.sink.put([(call.number, error)])
         else:
             self._calls[call.id] = call
 
@@ -153,20 +205,5 @@ class Worker:
             if call := self._inbox.get():
                 calls.append(call)
         for call in calls:
-            call.put(ReplicaLostError(f"the engine has stopped: {self._error!r}" if self._error else "shut down"))
-
-
-def _joined(outputs: list[Output]) -> list[Output]:
-    """Several outputs of one request as one for each of its replies."""
-    replies: dict[int, list[Output]] = {}
-    for output in outputs:
-        replies.setdefault(output.index, []).append(output)
-    return [
-        replace(
-            parts[-1],
-            tokens=[token for part in parts for token in part.tokens],
-            logprobs=[logprob for part in parts for logprob in part.logprobs],
-            top=[top for part in parts for top in part.top],
-        )
-        for parts in replies.values()
-    ]
+            lost = ReplicaLostError(f"the engine has stopped: {self._error!r}" if self._error else "shut down")
+            call.sink.put([(call.number, lost)])

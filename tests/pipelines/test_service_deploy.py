@@ -8,11 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -25,16 +21,12 @@ from pipelines.artifacts import BrokenArtifactError, open_store
 from pipelines.load import load
 from pipelines.plan import plan
 from pipelines.service.bundle import RefusedError, find_bundle
-from pipelines.service.deploy import check_port, example, serve
+from pipelines.service.deploy import Wish, check_port, example, serve
+from tests.program import Program, family, free_port, started, wait_until_gone
 from tests.served import REPLY_TOKENS, build, write_file
 from tests.serving import sse, tiny_runner
 
 HELLO = [{"role": "user", "content": "Hi"}]
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 def test_the_card_tells_where_the_model_comes_from(tmp_path: Path) -> None:
@@ -58,7 +50,7 @@ def test_the_card_tells_where_the_model_comes_from(tmp_path: Path) -> None:
 def test_a_bundle_that_is_not_built_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     loaded = write_file(tmp_path)
     store = open_store(loaded.profile.store, loaded.base)
-    assert serve(loaded, store, [], once=True) == 1
+    assert serve(loaded, store, Wish(once=True)) == 1
     expected = f"the bundle 'bundle' is not built yet; build it: nanochat run {loaded.path} --profile here\n"
     assert capsys.readouterr().err == expected
 
@@ -71,7 +63,7 @@ def test_a_damaged_bundle_is_refused(tmp_path: Path) -> None:
     data[-1] ^= 1
     weights.write_bytes(data)
     with pytest.raises(BrokenArtifactError, match=re.escape(str(weights))):
-        serve(loaded, store, [], once=True)
+        serve(loaded, store, Wish(once=True))
 
 
 def test_a_file_without_a_service_is_refused(tmp_path: Path) -> None:
@@ -99,9 +91,9 @@ def test_a_port_in_use_is_refused_before_ray_is_imported(tmp_path: Path) -> None
         build(loaded)
         code = (
             "import sys; from pathlib import Path; from pipelines.artifacts import open_store; "
-            "from pipelines.load import load; from pipelines.service.deploy import serve; "
+            "from pipelines.load import load; from pipelines.service.deploy import Wish, serve; "
             f"loaded = load(Path({str(loaded.path)!r}), 'here'); "
-            "code = serve(loaded, open_store(loaded.profile.store, loaded.base), [], True); "
+            "code = serve(loaded, open_store(loaded.profile.store, loaded.base), Wish(once=True)); "
             "assert not {'ray', 'torch'} & set(sys.modules); sys.exit(code)"
         )
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -115,84 +107,6 @@ def test_other_hosts_and_ports_that_cannot_be_used() -> None:
     check_port("127.0.0.1", free_port())
     with pytest.raises(RefusedError, match=r"port 8000 of 192\.0\.2\.1 cannot be used"):
         check_port("192.0.2.1", 8000)  # an address for documentation: no machine has it
-
-
-@dataclass
-class Program:
-    """`serve` as a program of its own, with what it has printed so far."""
-
-    process: subprocess.Popen[str]
-    url: str
-    lines: list[str] = field(default_factory=list)
-
-    def wait(self, text: str, seconds: float = 90) -> None:
-        end = time.monotonic() + seconds
-        while text not in "".join(self.lines):
-            assert self.process.poll() is None, "".join(self.lines)
-            assert time.monotonic() < end, "".join(self.lines)
-            time.sleep(0.05)
-
-
-@contextmanager
-def started(folder: Path, *, once: bool) -> Iterator[Program]:
-    """The program; told to end, if it has not, when the block ends."""
-    port = free_port()
-    loaded = write_file(folder, port)
-    build(loaded)
-    code = (
-        "import sys; from pathlib import Path; from pipelines.artifacts import open_store; "
-        "from pipelines.load import load; from pipelines.service.deploy import serve; "
-        f"loaded = load(Path({str(loaded.path)!r}), 'here'); "
-        f"code = serve(loaded, open_store(loaded.profile.store, loaded.base), ['Hello?', 'Who?'], {once}); "
-        "assert 'transformers' not in sys.modules; sys.exit(code)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-c", code],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-        env={**os.environ, "RAY_USAGE_STATS_ENABLED": "0"},
-    )
-    program = Program(process, f"http://127.0.0.1:{port}")
-    reader = threading.Thread(target=lambda: program.lines.extend(process.stdout or ()))
-    reader.start()
-    try:
-        yield program
-    finally:
-        process.terminate()
-        process.wait(60)
-        reader.join()
-        if process.stdout is not None:
-            process.stdout.close()
-
-
-def family(pid: int) -> dict[int, str]:
-    """The living descendants of a process and what each calls itself."""
-    parents: dict[int, int] = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    found: dict[int, str] = {}
-    for child, parent in sorted(parents.items()):
-        while parent in parents and parent != pid:
-            parent = parents[parent]
-        if parent == pid:
-            try:
-                found[child] = Path(f"/proc/{child}/cmdline").read_bytes().decode(errors="replace")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    return found
-
-
-def wait_until_gone(pids: set[int]) -> None:
-    end = time.monotonic() + 15
-    while left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
-        assert time.monotonic() < end, f"left running: {left}"
-        time.sleep(0.1)
 
 
 def seed_of_a_long_reply() -> int:
@@ -210,7 +124,7 @@ def seed_of_a_long_reply() -> int:
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Program]:
     with started(tmp_path_factory.mktemp("serve"), once=False) as program:
-        program.wait("curl")
+        program.wait("RAY_ADDRESS")
         yield program
 
 
@@ -255,7 +169,7 @@ def test_a_lost_replica_is_replaced_and_what_it_said_is_continued(program: Progr
     body = {"model": "tiny-base", "messages": HELLO, "stream": True, "seed": seed_of_a_long_reply()}
     url = f"{program.url}/v1/chat/completions"
     whole = text_of(httpx.post(url, json=body, timeout=60).text)
-    [replica] = [pid for pid, name in family(program.process.pid).items() if "ServeReplica:nanochat:Replica" in name]
+    [replica] = [pid for pid, name in family(program.process.pid).items() if "ServeReplica:nanochat:Replica-" in name]
     with httpx.stream("POST", url, json=body, timeout=60) as answer:
         pieces = answer.iter_text()
         text = next(pieces)
@@ -327,7 +241,7 @@ bundle, capacity = find_bundle(loaded, open_store(loaded.profile.store, loaded.b
 body = {"model": "tiny-base", "messages": [{"role": "user", "content": "Hi"}], "seed": seed}
 with ray_running(None, 2, dashboard=False):
     with deployed(bundle, capacity) as url:
-        replica = serve.get_deployment_handle("Replica", "nanochat")
+        replica = serve.get_deployment_handle("Replica-1", "nanochat")
         for stream, patience_s in ((True, 60), (False, 0.05)):
             before = replica.stats.remote().result()
             try:

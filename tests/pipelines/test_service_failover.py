@@ -1,6 +1,7 @@
 """Replies whose replica dies, against slow generation that nothing interrupts."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,7 @@ from nanochat.engine.engine import Engine
 from nanochat.engine.sampler import SampleParams
 from nanochat.engine.sequence import Output
 from nanochat.engine.stats import Stats
-from pipelines.service.failover import MOST_LOSSES, Continued
+from pipelines.service.failover import MOST_LOSSES, REFUSED_S, Continued
 from pipelines.service.protocol import ApiError, ReplicaLostError
 from pipelines.service.web import make_app
 from pipelines.service.worker import Worker
@@ -29,7 +30,9 @@ class Dying:
         self.worker, self.deaths = worker, list(deaths)
         self.asked: list[tuple[list[int], SampleParams]] = []
 
-    async def generate(self, tokens: list[int], params: SampleParams) -> AsyncGenerator[Output, None]:
+    async def generate(
+        self, tokens: list[int], params: SampleParams, *, admitted: bool = False
+    ) -> AsyncGenerator[Output, None]:
         self.asked.append((tokens, params))
         left = self.deaths.pop(0) if self.deaths else None
         if left == 0:
@@ -91,6 +94,22 @@ def test_a_request_that_kills_replicas_is_given_up(worker: Worker) -> None:
     assert len(backend.asked) == MOST_LOSSES
 
 
+def test_a_prompt_that_has_killed_replicas_is_refused_for_a_while(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = Dying(worker, [2] * MOST_LOSSES)
+    continued, params = Continued(backend), SampleParams(12, seed=1)
+    with pytest.raises(ReplicaLostError):
+        asyncio.run(said(continued, params))
+    with pytest.raises(ApiError, match="2 replicas were lost while they answered this prompt") as refused:
+        asyncio.run(said(continued, params))
+    assert (refused.value.status, len(backend.asked)) == (503, MOST_LOSSES)
+    later = time.monotonic() + REFUSED_S
+    monkeypatch.setattr("pipelines.service.failover.time.monotonic", lambda: later)
+    tokens = [token for output in asyncio.run(said(continued, params)) for token in output.tokens]
+    assert tokens == generate(tiny_model(), PROMPT, params)
+
+
 @pytest.mark.parametrize(("death", "tries"), [(0, 2), (3, 1)])
 def test_several_replies_are_begun_again_only_if_nothing_was_said(worker: Worker, death: int, tries: int) -> None:
     backend = Dying(worker, [death])
@@ -108,7 +127,9 @@ def test_several_replies_are_begun_again_only_if_nothing_was_said(worker: Worker
 
 def test_a_full_service_says_429_and_when_to_ask_again(worker: Worker) -> None:
     class Full(Dying):
-        async def generate(self, tokens: list[int], params: SampleParams) -> AsyncGenerator[Output, None]:
+        async def generate(
+            self, tokens: list[int], params: SampleParams, *, admitted: bool = False
+        ) -> AsyncGenerator[Output, None]:
             self.asked.append((tokens, params))
             raise ApiError(429, "too many requests wait already; ask again in a moment", code="overloaded")
             yield  # never: it makes this a generator

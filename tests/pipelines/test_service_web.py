@@ -230,7 +230,8 @@ def test_health_is_a_real_forward_pass(engine_url: str) -> None:
     backend = Scripted("a")
     with serving(backend) as url:
         assert httpx.get(f"{url}/health").status_code == 200
-    assert backend.asked == [([256], SampleParams(1, temperature=0))]
+    [((bos, _), params)] = backend.asked
+    assert (bos, params) == (256, SampleParams(1, temperature=0))
     with serving(Scripted("", end=ReplicaLostError("all gone"))) as url:
         answer = httpx.get(f"{url}/health")
     assert (answer.status_code, answer.json()["why"]) == (503, "all gone")

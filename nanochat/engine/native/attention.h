@@ -1,111 +1,84 @@
 // Attention of a few queries over a sequence's blocks of keys and values.
 //
-// A block holds, for each key head, the keys of 16 tokens side by side in the lanes (pairs of dimensions, so that a
-// bf16 pair fills a lane), then the values token by token. All scores come first, then their maximum, then weights and
-// their sum, then the values; each by one chain in the order of the positions, so that a query's result is the same in
-// any tile. A position after the query is never multiplied: what lies there may be anything.
+// A block holds, for each key head, the keys of 16 tokens side by side in the lanes, then the values with their
+// dimensions side by side. A step is 32 bits of each lane, as in a matrix: of a key one fp32 or a pair of bf16
+// dimensions, of the values those of one token or of a pair. All scores come first, then their maximum, then weights
+// and their sum, then the values; each by one chain in the order of the positions, so that a query's result is the
+// same in any tile. A position after the query is never multiplied: what lies there may be anything.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <vector>
 
-#include "simd.h"
+#include "precision.h"
 
 namespace nanochat {
 
-constexpr int BLOCK = 16;       // tokens
-constexpr int SLICE = 32;       // dimensions of a value at a time
+constexpr int BLOCK = 16;  // tokens
+constexpr int SLICE = 2;   // vectors of a value come in twos
+constexpr int VECTOR_BYTES = 64;
 constexpr int TILE_QUERIES = 8;
-
-// A pair of vectors in the cache: 32 numbers. Order inside is the cache's own; `spread_out` undoes it.
-template <class Element>
-struct Pair;
-
-template <>
-struct Pair<uint16_t> {
-  static constexpr int BYTES = 64;
-  f32x16 a, b;  // of a key: even and odd dimension; of a value: even and odd dimensions of a slice
-  explicit INLINE Pair(const char* at) {
-    i32x16 both = load<i32x16>(at);
-    a = even(both), b = odd(both);
-  }
-  static INLINE void spread_out(float* to, f32x16 a, f32x16 b) {
-    float x[LANES], y[LANES];
-    store(x, a), store(y, b);
-    for (int i = 0; i < LANES; i++) to[2 * i] = x[i], to[2 * i + 1] = y[i];
-  }
-};
-
-template <>
-struct Pair<float> {
-  static constexpr int BYTES = 128;
-  f32x16 a, b;
-  explicit INLINE Pair(const char* at) : a(load<f32x16>(at)), b(load<f32x16>(at + 64)) {}
-  static INLINE void spread_out(float* to, f32x16 a, f32x16 b) { store(to, a), store(to + LANES, b); }
-};
 
 // Sizes of the cache of one layer.
 struct Layout {
-  int kv_heads, head_dim, slices;
-  size_t pair, keys, head, block;  // bytes: a pair of vectors, the keys of a head, a head, a block
+  int kv_heads, head_dim, steps, vectors;  // of a key, of a value
+  size_t keys, row, head, block;           // bytes: the keys of a head, a step of its values, a head, a block
 
-  template <class Element>
+  template <class C>
   static Layout of(int kv_heads, int head_dim) {
     Layout l;
-    l.kv_heads = kv_heads, l.head_dim = head_dim, l.slices = (head_dim + SLICE - 1) / SLICE;
-    l.pair = Pair<Element>::BYTES;
-    l.keys = size_t(head_dim / 2) * l.pair;
-    l.head = l.keys + size_t(BLOCK * l.slices) * l.pair;
+    l.kv_heads = kv_heads, l.head_dim = head_dim;
+    l.steps = head_dim / C::INPUTS, l.vectors = (head_dim + SLICE * LANES - 1) / (SLICE * LANES) * SLICE;
+    l.keys = size_t(l.steps) * VECTOR_BYTES, l.row = size_t(l.vectors) * VECTOR_BYTES;
+    l.head = l.keys + size_t(BLOCK / C::INPUTS) * l.row;
     l.block = size_t(kv_heads) * l.head;
     return l;
   }
 };
 
 // One token's key and value go to `slot` of a head of a block.
-inline void write_token(const Layout& l, uint16_t*, char* head, int slot, const float* key, const float* value) {
-  auto* keys = reinterpret_cast<uint16_t*>(head);
-  auto* values = reinterpret_cast<uint16_t*>(head + l.keys) + slot * l.slices * SLICE;
+template <class C>
+void write_token(const Layout& l, char* head, int slot, const float* key, const float* value) {
+  constexpr int PER = C::INPUTS;
+  auto* keys = reinterpret_cast<typename C::Number*>(head) + slot * PER;
+  auto* values = reinterpret_cast<typename C::Number*>(head + l.keys + size_t(slot / PER) * l.row) + slot % PER;
   for (int d = 0; d < l.head_dim; d += LANES) {
-    int count = l.head_dim - d < LANES ? l.head_dim - d : LANES;
-    uint16_t half[LANES];
-    store(half, to_bf16(load_some(key + d, count)));
-    for (int i = 0; i < count; i += 2) std::memcpy(keys + ((d + i) / 2 * BLOCK + slot) * 2, half + i, 4);
-    store(values + d, to_bf16(load_some(value + d, count)));
+    int count = std::min(LANES, l.head_dim - d);
+    typename C::Number k[LANES], v[LANES];
+    C::put(k, load_some(key + d, count)), C::put(v, load_some(value + d, count));
+    for (int i = 0; i < count; i += PER) std::memcpy(keys + (d + i) * BLOCK, k + i, 4);
+    for (int i = 0; i < count; i++) values[(d + i) * PER] = v[i];
   }
-  for (int d = (l.head_dim + LANES - 1) / LANES * LANES; d < l.slices * SLICE; d++) values[d] = 0;
 }
 
-inline void write_token(const Layout& l, float*, char* head, int slot, const float* key, const float* value) {
-  float* keys = reinterpret_cast<float*>(head);
-  float* values = reinterpret_cast<float*>(head + l.keys) + slot * l.slices * SLICE;
-  for (int d = 0; d < l.head_dim; d++) keys[d * BLOCK + slot] = key[d], values[d] = value[d];
-  for (int d = l.head_dim; d < l.slices * SLICE; d++) values[d] = 0;
-}
-
-// Scores of QUERIES queries and BLOCKS blocks: even and odd dimensions apart, then together.
-template <class Element, int QUERIES, int BLOCKS>
-void scores(const Layout& l, const float* const* queries, const char* const* heads, const char* const* next,
-            float* out, size_t stride) {
-  f32x16 a[QUERIES][BLOCKS] = {}, b[QUERIES][BLOCKS] = {};
-  for (int i = 0; i < l.head_dim / 2; i++) {
+// Scores of QUERIES queries and BLOCKS blocks.
+template <class C, int QUERIES, int BLOCKS>
+void scores(const Layout& l, const char* const* queries, const char* const* heads, const char* const* next, float* out,
+            size_t stride) {
+  f32x16 sums[QUERIES][BLOCKS] = {};
+  for (int i = 0; i < l.steps; i++) {
+    i32x16 keys[BLOCKS];
     UNROLL for (int n = 0; n < BLOCKS; n++) {
-      Pair<Element> key(heads[n] + size_t(i) * l.pair);
-      prefetch_far(next[n] + size_t(i) * l.pair);
-      UNROLL for (int q = 0; q < QUERIES; q++) {
-        a[q][n] = fma((f32x16)spread(queries[q] + 2 * i), key.a, a[q][n]);
-        b[q][n] = fma((f32x16)spread(queries[q] + 2 * i + 1), key.b, b[q][n]);
-      }
+      keys[n] = load<i32x16>(heads[n] + size_t(i) * VECTOR_BYTES);
+      prefetch_far(next[n] + size_t(i) * VECTOR_BYTES);
+    }
+    UNROLL for (int q = 0; q < QUERIES; q++) {
+      i32x16 x = spread(queries[q] + i * 4);
+      UNROLL for (int n = 0; n < BLOCKS; n++) sums[q][n] = C::dot(sums[q][n], keys[n], x);
     }
   }
   UNROLL for (int q = 0; q < QUERIES; q++) {
-    UNROLL for (int n = 0; n < BLOCKS; n++) store(out + size_t(q) * stride + n * BLOCK, a[q][n] + b[q][n]);
+    UNROLL for (int n = 0; n < BLOCKS; n++) store(out + size_t(q) * stride + n * BLOCK, sums[q][n]);
   }
 }
 
-// Turns the scores of positions 0 ... last into weights, zeros behind them in the last block; returns their sum.
-inline float weigh(float* at, int last) {
+// Turns the scores of positions 0 ... last into weights, as numbers of the cache, and returns their sum. Behind them in
+// the last block is next to nothing (1e-38), which no sum of 1 or more notices.
+template <class C>
+float weigh(float* at, int last) {
   constexpr i32x16 ORDER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  auto* weights = reinterpret_cast<typename C::Number*>(at);
   int full = (last + 1) / BLOCK * BLOCK;
   i32x16 valid = ORDER < splat(int32_t(last + 1 - full));
   f32x16 most = splat(-INFINITY);
@@ -116,114 +89,101 @@ inline float weigh(float* at, int last) {
     most = larger(edge, most);
   }
   f32x16 top = splat(largest(most)), total = {};
-  for (int t = 0; t < full; t += BLOCK) {
+  for (int t = 0; t <= last; t += BLOCK) {
     f32x16 weight = exp_negative(load<f32x16>(at + t) - top);
     total += weight;
-    store(at + t, weight);
-  }
-  if (full <= last) {
-    f32x16 weight = exp_negative(load<f32x16>(at + full) - top);
-    total += weight;
-    store(at + full, weight);
+    C::put(weights + t, weight);
   }
   return sum(total);
 }
 
-// Adds weight * value of positions [from, to) to SLICES slices from `slice` on; sums: QUERIES x SLICES x 2 vectors.
-template <class Element, int QUERIES, int SLICES>
-void mix(const Layout& l, const float* weights, size_t stride, const char* const* heads, int slice, int from, int to,
-         f32x16* sums) {
-  f32x16 a[QUERIES][SLICES], b[QUERIES][SLICES];
-  UNROLL for (int q = 0; q < QUERIES; q++) {
-    UNROLL for (int s = 0; s < SLICES; s++) {
-      a[q][s] = sums[(q * SLICES + s) * 2];
-      b[q][s] = sums[(q * SLICES + s) * 2 + 1];
-    }
-  }
-  size_t row = size_t(l.slices) * l.pair;
-  for (int t = from; t < to;) {
-    int end = std::min(to, (t / BLOCK + 1) * BLOCK);
-    const char* value = heads[t / BLOCK] + l.keys + size_t(slice) * l.pair + size_t(t % BLOCK) * row;
-    const char* later = heads[t / BLOCK + 2] + l.keys + size_t(slice) * l.pair;
-    for (; t < end; t++, value += row, later += row) {
-      f32x16 weight[QUERIES];
-      UNROLL for (int q = 0; q < QUERIES; q++) weight[q] = (f32x16)spread(weights + size_t(q) * stride + t);
-      UNROLL for (int s = 0; s < SLICES; s++) {
-        Pair<Element> v(value + size_t(s) * l.pair);
-        prefetch_far(later + size_t(s) * l.pair);
-        UNROLL for (int q = 0; q < QUERIES; q++) {
-          a[q][s] = fma(weight[q], v.a, a[q][s]);
-          b[q][s] = fma(weight[q], v.b, b[q][s]);
-        }
+// Adds weight * value of steps [from, to) to VECTORS vectors from `vector` on; sums: QUERIES x VECTORS.
+// keep: the bits of a step's values that count.
+template <class C, int QUERIES, int VECTORS>
+void mix(const Layout& l, const float* weights, size_t stride, const char* const* heads, int vector, int from, int to,
+         int32_t keep, f32x16* sums) {
+  constexpr int STEPS = BLOCK / C::INPUTS;
+  f32x16 mine[QUERIES][VECTORS];
+  UNROLL for (int i = 0; i < QUERIES * VECTORS; i++) mine[i / VECTORS][i % VECTORS] = sums[i];
+  for (int i = from; i < to;) {
+    int end = std::min(to, (i / STEPS + 1) * STEPS);
+    const char* value = heads[i / STEPS] + l.keys + size_t(vector) * VECTOR_BYTES + size_t(i % STEPS) * l.row;
+    const char* later = heads[i / STEPS + 2] + l.keys + size_t(vector) * VECTOR_BYTES;
+    for (; i < end; i++, value += l.row, later += l.row) {
+      i32x16 v[VECTORS];
+      UNROLL for (int n = 0; n < VECTORS; n++) {
+        v[n] = load<i32x16>(value + n * VECTOR_BYTES) & splat(keep);
+        prefetch_far(later + n * VECTOR_BYTES);
+      }
+      UNROLL for (int q = 0; q < QUERIES; q++) {
+        i32x16 weight = spread(weights + size_t(q) * stride + i);
+        UNROLL for (int n = 0; n < VECTORS; n++) mine[q][n] = C::dot(mine[q][n], v[n], weight);
       }
     }
   }
-  UNROLL for (int q = 0; q < QUERIES; q++) {
-    UNROLL for (int s = 0; s < SLICES; s++) {
-      sums[(q * SLICES + s) * 2] = a[q][s];
-      sums[(q * SLICES + s) * 2 + 1] = b[q][s];
-    }
-  }
+  UNROLL for (int i = 0; i < QUERIES * VECTORS; i++) sums[i] = mine[i / VECTORS][i % VECTORS];
 }
 
-// One query of a tile: where its vector is, its position, where the result goes.
+// One query of a tile: its vector, ready for the keys; its position; where the result goes.
 struct Query {
-  const float* vector;
+  const char* vector;
   int position;
   float* out;
 };
 
 // QUERIES queries, in order of position. heads: this head in each block of the sequence, and two more at the end.
-// room: QUERIES x stride floats for scores, stride at least the last position rounded up to four blocks.
-template <class Element, int QUERIES>
+// room: QUERIES x stride floats for scores, stride at least the last position rounded up to eight blocks.
+template <class C, int QUERIES>
 void attend(const Layout& l, const Query* queries, const char* const* heads, float* room, size_t stride) {
-  constexpr int WIDE = QUERIES == 1 ? 4 : QUERIES == 2 ? 2 : 1;  // blocks at a time: enough sums to keep the units busy
-  const float* vectors[QUERIES];
+  constexpr int WIDE = 8 / QUERIES;  // blocks at a time: enough sums to keep the units busy
+  const char* vectors[QUERIES];
   for (int q = 0; q < QUERIES; q++) vectors[q] = queries[q].vector;
   int blocks = queries[QUERIES - 1].position / BLOCK + 1, n = 0;
   for (; n + WIDE <= blocks; n += WIDE) {
     const char* next[WIDE];
     for (int i = 0; i < WIDE; i++) next[i] = n + WIDE + i < blocks ? heads[n + WIDE + i] : heads[i] + l.keys;
-    scores<Element, QUERIES, WIDE>(l, vectors, heads + n, next, room + n * BLOCK, stride);
+    scores<C, QUERIES, WIDE>(l, vectors, heads + n, next, room + n * BLOCK, stride);
   }
-  for (; n < blocks; n++) scores<Element, QUERIES, 1>(l, vectors, heads + n, heads + n, room + n * BLOCK, stride);
+  for (; n < blocks; n++) scores<C, QUERIES, 1>(l, vectors, heads + n, heads + n, room + n * BLOCK, stride);
 
   float totals[QUERIES];
-  for (int q = 0; q < QUERIES; q++) totals[q] = weigh(room + size_t(q) * stride, queries[q].position);
+  for (int q = 0; q < QUERIES; q++) totals[q] = weigh<C>(room + size_t(q) * stride, queries[q].position);
 
-  int common = queries[0].position + 1, slice = 0;
-  auto mixed = [&]<int MANY>() {
-    f32x16 sums[QUERIES * MANY * 2] = {};
-    mix<Element, QUERIES, MANY>(l, room, stride, heads, slice, 0, common, sums);
+  constexpr int PER = C::INPUTS;
+  int common = (queries[0].position + 1) / PER, vector = 0;
+  auto mixed = [&]<int VECTORS>() {
+    f32x16 sums[QUERIES * VECTORS] = {};
+    mix<C, QUERIES, VECTORS>(l, room, stride, heads, vector, 0, common, -1, sums);
     for (int q = 0; q < QUERIES; q++) {
-      f32x16* mine = sums + q * MANY * 2;
-      int end = queries[q].position + 1;
-      if (end > common) mix<Element, 1, MANY>(l, room + size_t(q) * stride, stride, heads, slice, common, end, mine);
-      for (int s = 0; s < MANY; s++) {
-        float at[SLICE];
-        Pair<Element>::spread_out(at, mine[2 * s], mine[2 * s + 1]);
-        int first = (slice + s) * SLICE, count = std::min(SLICE, l.head_dim - first);
-        for (int d = 0; d < count; d++) queries[q].out[first + d] = at[d] / totals[q];
+      f32x16* mine = sums + q * VECTORS;
+      const float* weights = room + size_t(q) * stride;
+      int end = (queries[q].position + 1) / PER;
+      mix<C, 1, VECTORS>(l, weights, stride, heads, vector, common, end, -1, mine);
+      if ((queries[q].position + 1) % PER)  // the other token of the pair is after the query
+        mix<C, 1, VECTORS>(l, weights, stride, heads, vector, end, end + 1, 0xffff, mine);
+      for (int n = 0; n < VECTORS; n++) {
+        int first = (vector + n) * LANES, count = std::min(LANES, l.head_dim - first);
+        if (count > 0) store_some(queries[q].out + first, mine[n] / splat(totals[q]), count);
       }
     }
-    slice += MANY;
+    vector += VECTORS;
   };
   if constexpr (QUERIES == 1)
-    while (slice + 4 <= l.slices) mixed.template operator()<4>();
+    while (vector + 8 <= l.vectors) mixed.template operator()<8>();
   if constexpr (QUERIES <= 2)
-    while (slice + 2 <= l.slices) mixed.template operator()<2>();
-  while (slice < l.slices) mixed.template operator()<1>();
+    while (vector + 4 <= l.vectors) mixed.template operator()<4>();
+  while (vector < l.vectors) mixed.template operator()<SLICE>();
 }
 
 // Any number of queries of one sequence and head, in order of position.
-template <class Element>
+template <class C>
 void attend_all(const Layout& l, const std::vector<Query>& queries, const char* const* heads, float* room,
                 size_t stride) {
   size_t at = 0, left = queries.size();
-  for (; left >= 8; at += 8, left -= 8) attend<Element, 8>(l, &queries[at], heads, room, stride);
-  if (left & 4) attend<Element, 4>(l, &queries[at], heads, room, stride), at += 4;
-  if (left & 2) attend<Element, 2>(l, &queries[at], heads, room, stride), at += 2;
-  if (left & 1) attend<Element, 1>(l, &queries[at], heads, room, stride);
+  for (; left >= 8; at += 8, left -= 8) attend<C, 8>(l, &queries[at], heads, room, stride);
+  if (left & 4) attend<C, 4>(l, &queries[at], heads, room, stride), at += 4;
+  if (left & 2) attend<C, 2>(l, &queries[at], heads, room, stride), at += 2;
+  if (left & 1) attend<C, 1>(l, &queries[at], heads, room, stride);
 }
 
 }  // namespace nanochat

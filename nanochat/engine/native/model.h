@@ -25,8 +25,9 @@ struct Room {
 
 // What a thread needs for itself.
 struct Desk {
-  Buffer ready;   // the few rows that are quicker made ready twice than waited for
-  Buffer scores;  // TILE_QUERIES x positions
+  Buffer ready;    // the few rows that are quicker made ready twice than waited for
+  Buffer vectors;  // a piece's queries, ready for the keys
+  Buffer scores;   // TILE_QUERIES x positions
   std::vector<const char*> heads;
   std::vector<Query> queries;
 };

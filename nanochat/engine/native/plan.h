@@ -27,7 +27,7 @@ struct Piece {
   int sequence, first, count;
 };
 
-constexpr int PIECE_QUERIES = 32;  // of a key head; more balance worse, fewer share less of the reading
+constexpr int PIECE_QUERIES = 16;  // of a key head; more balance worse, fewer share less of the reading
 
 inline int rounded(int count, int unit) { return (count + unit - 1) / unit * unit; }
 

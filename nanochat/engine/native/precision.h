@@ -27,10 +27,13 @@ INLINE size_t spread_stride(size_t bytes) { return ((bytes + 63) / 64 | 1) * 64;
 struct Fp32 {
   static constexpr int INPUTS = 1;  // of a column in a step
   static constexpr int PADDED = 1;  // inputs come in multiples of it
-  using Cache = float;              // of keys and values
+  using Cache = Fp32;               // how keys and values are held
+  using Number = float;
   static size_t row_bytes(int inputs) { return size_t(inputs) * 4; }
 
   static INLINE f32x16 dot(f32x16 sum, i32x16 weights, i32x16 row) { return fma((f32x16)weights, (f32x16)row, sum); }
+
+  static INLINE void put(Number* to, f32x16 x) { store(to, x); }
 
   static void fill(char* row, const float* from, int inputs, float scale) {
     float* to = reinterpret_cast<float*>(row);
@@ -41,10 +44,13 @@ struct Fp32 {
 struct Bf16 {
   static constexpr int INPUTS = 2;
   static constexpr int PADDED = 2;
-  using Cache = uint16_t;
+  using Cache = Bf16;
+  using Number = uint16_t;
   static size_t row_bytes(int inputs) { return size_t(inputs + 31) / 32 * 64; }
 
   static INLINE f32x16 dot(f32x16 sum, i32x16 weights, i32x16 row) { return dot_bf16(sum, weights, row); }
+
+  static INLINE void put(Number* to, f32x16 x) { store(to, to_bf16(x)); }
 
   static void fill(char* row, const float* from, int inputs, float scale) {
     int i = 0;
@@ -61,7 +67,7 @@ struct Int8 {
   static constexpr int INPUTS = 4;
   static constexpr int PADDED = 64;
   static constexpr int GROUP = 128;
-  using Cache = uint16_t;
+  using Cache = Bf16;
   static int bytes(int inputs) { return (inputs + PADDED - 1) / PADDED * PADDED; }
   static int groups(int inputs) { return (inputs + GROUP - 1) / GROUP; }
   static size_t row_bytes(int inputs) { return size_t(bytes(inputs) + groups(inputs) * 8); }

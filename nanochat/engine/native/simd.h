@@ -85,7 +85,14 @@ INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
 #endif
 }
 
-INLINE f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
+// The second where one is NaN.
+INLINE f32x16 larger(f32x16 a, f32x16 b) {
+#if defined(NANOCHAT_AVX512)
+  return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+  return a > b ? a : b;
+#endif
+}
 
 // Sum of the lanes: halves onto halves, always the same tree.
 INLINE float sum(f32x16 x) {
@@ -186,12 +193,10 @@ INLINE Power power(f32x16 x) {
   return {(f32x16)(exponent << 23), fma(p, r * r, r)};
 }
 
-// exp of a number up to 0; NaN stays NaN, and what is below the least normal number is 0.
+// exp of a number up to 0; NaN stays NaN, and nothing is less than exp(-87) = 1.6e-38.
 INLINE f32x16 exp_negative(f32x16 x) {
-  i32x16 tiny = x < splat(-87.0f);
-  Power e = power(tiny ? splat(-87.0f) : x);
-  f32x16 y = fma(e.two_to_n, e.rest, e.two_to_n);
-  return tiny ? splat(0.0f) : y;
+  Power e = power(larger(splat(-87.0f), x));
+  return fma(e.two_to_n, e.rest, e.two_to_n);
 }
 
 // 15 * tanh(x / 15) by way of exp(z) - 1, which keeps small numbers exact; NaN stays NaN.

@@ -16,12 +16,12 @@ constexpr int PRIVATE_NUMBERS = 4096;  // so many numbers are made ready by ever
 using P = NANOCHAT_PRECISION;
 
 class Model {
-  using Element = typename P::Cache;
+  using C = P::Cache;
 
  public:
   Model(const Sizes& sizes, const float* cosine, const float* sine)
       : s_(sizes),
-        l_(Layout::of<Element>(sizes.kv_heads, sizes.head_dim)),
+        l_(Layout::of<C>(sizes.kv_heads, sizes.head_dim)),
         wide_(row_stride(sizes.width)),
         qkv_columns_((sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim),
         cosine_(cosine),
@@ -42,7 +42,7 @@ class Model {
 
   bool take(int layer, Part part, const void* data, const float* scales) {
     if (part == EMBEDDING) {
-      embedding_ = static_cast<const Element*>(data);
+      embedding_ = static_cast<const C::Number*>(data);
       return true;
     }
     int q = s_.heads * s_.head_dim, k = s_.kv_heads * s_.head_dim;
@@ -99,7 +99,9 @@ class Model {
         desk.ready.reserve(most * spread_stride(P::row_bytes(inputs)));
       }
       desk.heads.reserve(size_t(plan_.longest / BLOCK + 4));
-      desk.queries.reserve(size_t(PIECE_QUERIES + s_.heads));
+      size_t queries = size_t(PIECE_QUERIES + s_.heads);
+      desk.vectors.reserve(queries * C::row_bytes(s_.head_dim));
+      desk.queries.reserve(queries);
     }
   }
 
@@ -188,9 +190,9 @@ class Model {
 
   void embed(int r) {
     float* to = room_.stream.as<float>() + row(r);
-    const Element* from = embedding_ + size_t(batch_.tokens[r]) * size_t(s_.width);
+    const C::Number* from = embedding_ + size_t(batch_.tokens[r]) * size_t(s_.width);
     for (int i = 0; i < s_.width; i++) {
-      if constexpr (sizeof(Element) == 2) {
+      if constexpr (sizeof(C::Number) == 2) {
         uint32_t bits = uint32_t(from[i]) << 16;
         std::memcpy(to + i, &bits, 4);
       } else {
@@ -213,7 +215,7 @@ class Model {
       rotate_and_norm(q + h * size, size, cosine, sine, 1.0f / std::sqrt(float(size)));
     rotate_and_norm(k, size, cosine, sine, 1.0f);
     char* head = block_at(layer, block_of(plan_.sequence[size_t(r)], position)) + size_t(kv_head) * l_.head;
-    write_token(l_, static_cast<Element*>(nullptr), head, position % BLOCK, k, k + s_.kv_heads * size);
+    write_token<C>(l_, head, position % BLOCK, k, k + s_.kv_heads * size);
   }
 
   // writing: a piece holds all of a sequence's rows, so that it writes their keys itself.
@@ -229,20 +231,23 @@ class Model {
 
   void attend_piece(Worker& me, int layer, const Piece& piece, const int* list, int kv_head) {
     int size = s_.head_dim, share = s_.heads / s_.kv_heads;
+    char* vector = me.desk.vectors.as();
     Desk& desk = me.desk;
     desk.queries.clear(), desk.heads.clear();
     for (int n = 0; n < piece.count; n++) {
       int r = list[piece.first + n];
       const float* q = room_.qkv.as<float>() + size_t(r) * size_t(qkv_stride());
       float* out = room_.mixed.as<float>() + row(piece.first + n);
-      for (int h = kv_head * share; h < (kv_head + 1) * share; h++)
-        desk.queries.push_back({q + h * size, plan_.position[size_t(r)], out + h * size});
+      for (int h = kv_head * share; h < (kv_head + 1) * share; h++, vector += C::row_bytes(size)) {
+        C::fill(vector, q + h * size, size, 1.0f);
+        desk.queries.push_back({vector, plan_.position[size_t(r)], out + h * size});
+      }
     }
     int blocks = desk.queries.back().position / BLOCK + 1;
     for (int b = 0; b < blocks; b++)
       desk.heads.push_back(block_at(layer, block_of(piece.sequence, b * BLOCK)) + size_t(kv_head) * l_.head);
     for (int b = 0; b < 2; b++) desk.heads.push_back(desk.heads.back());
-    attend_all<Element>(l_, desk.queries, desk.heads.data(), desk.scores.as<float>(), size_t(score_stride()));
+    attend_all<C>(l_, desk.queries, desk.heads.data(), desk.scores.as<float>(), size_t(score_stride()));
   }
 
   // ---- phases
@@ -300,7 +305,7 @@ class Model {
   static Target target(float* at, int stride) { return {reinterpret_cast<char*>(at), size_t(stride) * 4, 4}; }
   size_t row(int r) const { return size_t(r) * size_t(wide_); }
   int qkv_stride() const { return row_stride(qkv_columns_); }
-  int score_stride() const { return rounded(plan_.longest, 4 * BLOCK) + BLOCK; }
+  int score_stride() const { return rounded(plan_.longest, 8 * BLOCK) + BLOCK; }
   int block_of(int sequence, int position) const {
     return batch_.tables[size_t(sequence) * size_t(batch_.table_width) + size_t(position / BLOCK)];
   }
@@ -325,7 +330,7 @@ class Model {
   const Layout l_;
   const int wide_, qkv_columns_;
   const float *cosine_, *sine_;  // (context, head_dim / 2), kept by the caller
-  const Element* embedding_ = nullptr;  // (vocabulary, width), kept by the caller
+  const C::Number* embedding_ = nullptr;  // (vocabulary, width), kept by the caller
   Pool pool_;
   Tickets tickets_;
   std::vector<Layer> layers_;

@@ -12,9 +12,9 @@ import { newChat } from "./tree.js";
 
 class App {
   constructor() {
-    this.store = new Store(browserStorage());
+    this.store = new Store(browserStorage("localStorage"), browserStorage("sessionStorage"));
     this.deleted = new Set(); // ids; an answer that ends later must not bring its chat back
-    this.settings = new Settings(this.store);
+    this.settings = new Settings(this.store, () => this.served(true).catch(() => null)); // served() says it
     const follower = new Follower($("scroller"), $("to-end"));
     this.chat = new Chat({
       page: { log: $("chat"), announcer: $("announcer") },
@@ -50,6 +50,7 @@ class App {
     } catch (error) {
       document.body.dataset.state = "down";
       this.say(error.message, true);
+      if (error.code === "key") this.settings.askKey();
       throw error;
     }
     this.say("");

@@ -172,7 +172,7 @@ export class Chat {
     turn.why = stopped ? "" : error.message;
     const question = chat.turns[turn.parent];
     turn.long = error.code === "long" && question.parent !== null && !question.alone;
-    if (error.code === "key") this.settings.show();
+    if (error.code === "key") this.settings.askKey();
     if (error.code === "model") this.model(true).catch(() => null); // the page says why by itself
     if (!stopped && !(error instanceof Trouble)) throw error;
   }

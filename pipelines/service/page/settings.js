@@ -1,12 +1,16 @@
 // The settings: read from their form, remembered, and put into the body of a request. An empty field is left to the service.
+// The key is remembered by this tab alone, and its field shown once the service has asked for one.
 import { $ } from "./dom.js";
 
 const NUMBERS = { temperature: "temperature", "top-p": "top_p", "top-k": "top_k", "max-tokens": "max_tokens", seed: "seed" };
 const FIELDS = [...Object.keys(NUMBERS), "system"];
 
 export class Settings {
-  constructor(store) {
+  constructor(store, onKey) {
     this.store = store;
+    $("key").value = store.key();
+    $("key-label").hidden = !this.key;
+    $("key").addEventListener("change", () => { store.keepKey(this.key); onKey(); });
     const kept = store.settings();
     for (const id of FIELDS) if (typeof kept[id] === "string") $(id).value = kept[id];
     $("theme").value = ["light", "dark"].includes(kept.theme) ? kept.theme : "";
@@ -28,6 +32,13 @@ export class Settings {
 
   get key() {
     return $("key").value.trim();
+  }
+
+  /** The service wants a key that it knows. */
+  askKey() {
+    $("key-label").hidden = false;
+    this.show();
+    $("key").select();
   }
 
   /** Sampling as the service wants it. */

@@ -4,10 +4,13 @@ import { checkedChat } from "./tree.js";
 
 const CHAT = "nanochat.chat.";
 const SETTINGS = "nanochat.settings";
+const KEY = "nanochat.key";
 
 export class Store {
-  constructor(storage) {
-    this.storage = storage; // null where the browser keeps nothing
+  /** storage: kept for good; session: until the tab closes. null where the browser keeps nothing. */
+  constructor(storage, session) {
+    this.storage = storage;
+    this.session = session;
   }
 
   /** {chats: newest first, damaged: how many entries are no chat}. */
@@ -33,6 +36,18 @@ export class Store {
 
   keepSettings(settings) {
     return this.#write(SETTINGS, settings);
+  }
+
+  key() {
+    return this.session?.getItem(KEY) ?? "";
+  }
+
+  keepKey(key) {
+    try {
+      this.session?.setItem(KEY, key);
+    } catch {
+      // full: it is asked for again
+    }
   }
 
   isChat(name) {
@@ -61,10 +76,10 @@ export class Store {
   }
 }
 
-/** localStorage, or null where the browser forbids it. */
-export function browserStorage() {
+/** localStorage or sessionStorage, or null where the browser forbids it. */
+export function browserStorage(name) {
   try {
-    return window.localStorage;
+    return window[name];
   } catch {
     return null;
   }
