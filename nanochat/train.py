@@ -6,15 +6,20 @@ backward; so neither accumulation nor the number of ranks changes it.
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from nanochat.attention import Rows
 from nanochat.config import OptimConfig
+from nanochat.cpp import NoCompilerError
 from nanochat.data import Batch
+from nanochat.fast import FastBackward
+from nanochat.kernels import LANES, Kernels, able
 from nanochat.model import GPT
 from nanochat.optim import Optimizer
 from nanochat.parallel import Reduce
@@ -22,6 +27,8 @@ from nanochat.schedule import rate
 
 # step (0-based) -> this rank's micro-batches, and how many targets count in the global batch
 Loader = Callable[[int], tuple[list[Batch], int]]
+# A micro-batch, and what its loss is divided by -> the sum of its nats; adds to the weights' gradients
+Backward = Callable[[Batch, int], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +38,7 @@ class TrainPlan:
     steps: int
     batch_tokens: int  # positions of a global batch
     optim: OptimConfig
+    path: Literal["best", "autograd"] = "best"  # see `backward_of`; both compute the same function
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +64,7 @@ def train(
     FloatingPointError, on all ranks and before the weights move, if loss or gradient is not finite.
     """
     gradient = flat_gradient(model)
+    add_gradient = backward_of(model, plan.path)
     for step in range(start, plan.steps):
         began = time.perf_counter()
         batches, count = loader(step)
@@ -63,7 +72,7 @@ def train(
             raise ValueError(f"step {step + 1}: no target of batch {step} counts, so it has no loss")
         nats = torch.zeros((), dtype=torch.float64, device=gradient.device)
         for batch in batches:
-            nats += backward(model, batch, count)
+            nats += add_gradient(batch, count)
         if reduce is not None:
             reduce([gradient, nats])
         loss, grad_norm = clip(gradient, nats / count, plan.optim.clip)
@@ -86,6 +95,28 @@ def train(
             tokens_per_s=plan.batch_tokens / seconds,
             seconds=seconds,
         )
+
+
+def backward_of(model: GPT, path: Literal["best", "autograd"]) -> Backward:
+    """How micro-batches are computed.
+
+    best: in bf16 on a CPU, by our own code (nanochat/fast.py), which takes two thirds of autograd's time and memory.
+    It is compiled in seconds and kept, so even a short run gains. Elsewhere, and (with a warning) where there is no
+    compiler, autograd. Like the processor and its threads, the path decides where numbers are rounded.
+    """
+
+    def by_autograd(batch: Batch, count: int) -> Tensor:
+        return backward(model, batch, count)
+
+    config = model.config
+    if path == "autograd" or model.device.type != "cpu" or not able(config.width, config.head_dim, model.dtype):
+        return by_autograd
+    try:
+        fast = FastBackward(model, Kernels(torch.get_num_threads()))
+    except NoCompilerError as error:
+        warnings.warn(f"training takes the slow path: {error}", RuntimeWarning, stacklevel=3)
+        return by_autograd
+    return lambda batch, count: (fast if batch.tokens.shape[1] % LANES == 0 else by_autograd)(batch, count)
 
 
 def backward(model: GPT, batch: Batch, count: int) -> Tensor:

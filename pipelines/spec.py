@@ -198,6 +198,8 @@ class Capacity(Spec):
     cpus: PositiveInt = 1
     gpu: GpuName | None = None
     max_batch: PositiveInt = 8  # sequences decoded together in one replica
+    step_tokens: PositiveInt = 128  # most tokens computed in a step: more, and prompts are read sooner; fewer, and
+    # replies that run are not held up by them
     kv_tokens: PositiveInt = 16_384  # tokens of KV cache in one replica
     precision: Literal["fp32", "bf16", "int8"] | None = None  # of the weights in memory; None: as the bundle has them
     speculate: int = Field(4, ge=0, le=16)  # most tokens guessed ahead where that pays; 0: never

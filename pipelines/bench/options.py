@@ -9,6 +9,7 @@ from nanochat.bench.measure import at_least, best_precision, parser, whole
 from nanochat.config import ModelConfig
 from nanochat.tokenizer import SPECIAL
 from pipelines.bench.target import BYTES, LETTERS
+from pipelines.spec import Capacity
 
 PRECISIONS = ("bf16", "fp32", "int8")
 DEPTH, LARGE_DEPTH = 6, 12
@@ -17,7 +18,7 @@ TILE = 128  # what a context is a multiple of
 CLIENTS = 32
 TRACE_CONTEXT = 1024
 SECONDS, RUNS, LOAD = 20.0, 3, 0.5
-OF_THE_MODEL = ("depth", "head_dim", "kv_heads", "context", "precision", "replicas", "max_batch")
+OF_THE_MODEL = ("depth", "head_dim", "kv_heads", "context", "precision", "replicas", "max_batch", "step_tokens")
 OF_A_URL = ("model", "key", "chat", "ignore_eos")
 
 
@@ -99,6 +100,7 @@ def _settle_model(args: argparse.Namespace) -> None:
     args.precision = args.precision or best_precision(args.device)
     args.replicas = args.replicas or 1
     args.max_batch = args.max_batch or args.clients
+    args.step_tokens = args.step_tokens or Capacity().step_tokens
 
 
 def options() -> argparse.ArgumentParser:
@@ -191,3 +193,4 @@ def _model(found: argparse.ArgumentParser) -> None:
     add("--precision", choices=PRECISIONS, help="of the weights (default: bf16 where the processor has it)")
     add("--replicas", type=whole, help="each with --threads (default: 1)")
     add("--max-batch", type=whole, help="replies that a replica makes at a time (default: as many as clients)")
+    add("--step-tokens", type=whole, help="most tokens that a replica computes in a step (default: 128)")

@@ -201,6 +201,7 @@ def _capacity(args: argparse.Namespace) -> Capacity:
         cpus=args.threads,
         gpu=_gpu(args.device),
         max_batch=args.max_batch,
+        step_tokens=args.step_tokens,
         kv_tokens=args.max_batch * blocks * BLOCK,
         precision=args.precision,
         speculate=0,  # random weights soon repeat themselves, and then every guess is right

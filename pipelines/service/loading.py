@@ -11,7 +11,6 @@ from nanochat.engine.sampler import SampleParams
 from nanochat.files import Files
 from pipelines.spec import Capacity
 
-STEP_TOKENS = 512
 SMOKE_TOKENS = 8
 
 
@@ -28,7 +27,7 @@ def load_engine(files: Files, dtype: Precision, capacity: Capacity) -> Engine:
             device="cpu" if capacity.gpu is None else "cuda",
             threads=capacity.cpus,
         )
-    return Engine(runner, max_batch=capacity.max_batch, step_tokens=STEP_TOKENS, speculate=capacity.speculate)
+    return Engine(runner, max_batch=capacity.max_batch, step_tokens=capacity.step_tokens, speculate=capacity.speculate)
 
 
 def smoke(engine: Engine) -> None:

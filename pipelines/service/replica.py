@@ -17,7 +17,7 @@ from nanochat.engine.stats import Stats
 from pipelines.service.admission import Admission
 from pipelines.service.bundle import Bundle
 from pipelines.service.calls import Heard
-from pipelines.service.loading import STEP_TOKENS, load_engine, smoke
+from pipelines.service.loading import load_engine, smoke
 from pipelines.service.protocol import Answer, OverloadedError, ReplicaLostError
 from pipelines.service.scaling import report
 from pipelines.service.worker import Sink, Worker
@@ -64,7 +64,7 @@ class Replica:
         self._admission = Admission(
             places=capacity.max_batch,
             kv_tokens=capacity.kv_tokens,
-            step_tokens=STEP_TOKENS,
+            step_tokens=capacity.step_tokens,
             max_wait_s=capacity.max_wait_s,
             max_queued_tokens=capacity.max_queued_tokens,
         )

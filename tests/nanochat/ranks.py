@@ -6,7 +6,7 @@ A module of its own, because spawned processes import it.
 import datetime
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -36,6 +36,7 @@ class Case:
     chat: bool = False  # most targets are masked, unevenly, and rows have segments
     steps: int = 10
     device: Literal["cpu", "cuda"] = "cpu"  # cuda: one GPU a rank, and NCCL
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 on a CPU goes through nanochat/fast.py
 
 
 def loader(case: Case, rank: int) -> Callable[[int], tuple[list[Batch], int]]:
@@ -84,10 +85,14 @@ def run_case(rank: int, case: Case, folder: Path) -> None:
             timeout=datetime.timedelta(seconds=60),
         )
     optim = OptimConfig(matrix_lr=0.01, embed_lr=0.02, warmdown=0.5)
-    model = GPT(small(2, context=CONTEXT), VOCAB).reset(1 if rank == 0 else 99).to(case.device)
+    config = small(2, context=CONTEXT)
+    if case.precision == "bf16":
+        config = replace(config, head_dim=32, aspect=64)
+    model = GPT(config, VOCAB).reset(1 if rank == 0 else 99).to(case.device)
+    model.dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
     if not alone:
         copy_from_first(list(model.parameters()))
-    optimizer = build_optimizer(model, optim, "fp32")
+    optimizer = build_optimizer(model, optim, case.precision)
     plan = TrainPlan(steps=case.steps, batch_tokens=case.rows * CONTEXT, optim=optim)
     done = list(train(model, optimizer, loader(case, rank), plan, reduce=None if alone else sum_ranks))
     result = {name: weight.detach().cpu() for name, weight in model.named_parameters()}

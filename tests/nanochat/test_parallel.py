@@ -14,6 +14,8 @@ CASES = [
     Case("one", world=1, rows=4, micro=2),
     Case("two", world=2, rows=4, micro=2),
     Case("four", world=4, rows=4, micro=2),
+    Case("one-bf16", world=1, rows=4, micro=2, precision="bf16"),
+    Case("two-bf16", world=2, rows=4, micro=2, precision="bf16"),
     Case("one-chat", world=1, rows=4, micro=4, chat=True),
     Case("three-chat", world=3, rows=4, micro=1, chat=True),
     Case("one-chat-few", world=1, rows=2, micro=2, chat=True),
@@ -45,8 +47,9 @@ def test_training_moves_the_weights(results: dict[str, list[Result]]) -> None:
     assert results["one"][0]["losses"][0] != results["one"][0]["losses"][-1]
 
 
-def test_two_ranks_are_two_accumulation_steps_bit_for_bit(results: dict[str, list[Result]]) -> None:
-    assert_equal(results["two"][0], results["one"][0])
+@pytest.mark.parametrize("precision", ["", "-bf16"])
+def test_two_ranks_are_two_accumulation_steps_bit_for_bit(results: dict[str, list[Result]], precision: str) -> None:
+    assert_equal(results[f"two{precision}"][0], results[f"one{precision}"][0])
 
 
 def test_all_ranks_end_with_the_same_bits(results: dict[str, list[Result]]) -> None:
