@@ -1,6 +1,7 @@
 """A service without Ray for tests: a vocabulary of bytes, a scripted backend, a real engine, an HTTP server."""
 
 import asyncio
+import json
 import threading
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
@@ -128,3 +129,10 @@ def wait_until(true: Sequence[object], seconds: float = 5) -> None:
     while not true:
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.01)
+
+
+def spoken(stream: str) -> str:
+    """The answer that a whole stream of chat events makes."""
+    *events, last = sse(stream)
+    assert last == "[DONE]", stream
+    return "".join(choice["delta"].get("content") or "" for event in events for choice in json.loads(event)["choices"])

@@ -2,9 +2,11 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +15,9 @@ import httpx
 import pytest
 
 from pipelines.plan import plan
-from tests.program import SERVE, Program, started
+from tests.program import SERVE, Program, family, started
 from tests.served import build, write_file
-from tests.serving import sse
+from tests.serving import spoken, sse
 
 pytestmark = [pytest.mark.ray, pytest.mark.drill]
 
@@ -102,6 +104,32 @@ def test_bundles_come_go_and_come_back_without_a_failed_request(tmp_path: Path) 
             up(program)
         code, said = nanochat_serve(program, tmp_path, "--rollback")
         assert (code, said) == (1, "no service is up here, so there is nothing to roll back\n")
+
+
+def test_a_reply_that_takes_longer_than_the_rollout_ends_where_it_began(tmp_path: Path) -> None:
+    with started(tmp_path, depth=12) as program:  # deep, so that it still speaks when its first words are read
+        program.wait("RAY_ADDRESS")
+        body = {"model": "tiny-base", "messages": [{"role": "user", "content": "Hi"}], "stream": True, "seed": 1}
+        url = f"{program.url}/v1/chat/completions"
+        alone = spoken(httpx.post(url, json=body, timeout=60).text)
+        loaded = write_file(tmp_path, httpx.URL(program.url).port or 0, tokens=2560, depth=12)
+        build(loaded, scale=-1.0, depth=12)
+        [old] = [pid for pid, name in family(program.process.pid).items() if ":nanochat:Replica-1" in name]
+        rollout = threading.Thread(target=nanochat_serve, args=(program, tmp_path))
+        first = up(program)
+        with httpx.stream("POST", url, json=body, timeout=120) as answer:
+            pieces = answer.iter_text()
+            text = next(pieces)
+            os.kill(old, signal.SIGSTOP)
+            rollout.start()
+            while up(program) == first:
+                time.sleep(0.2)
+            time.sleep(8)  # longer than a gateway has at its end
+            os.kill(old, signal.SIGCONT)
+            text += "".join(pieces)
+        rollout.join()
+        assert spoken(text) == alone
+        assert spoken(httpx.post(url, json=body, timeout=60).text) != alone, "the new bundle says the same"
 
 
 def test_a_rollback_needs_a_service_that_is_up(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from tests.program import Program, family, started
-from tests.serving import sse
+from tests.serving import spoken
 
 pytestmark = [pytest.mark.ray, pytest.mark.drill, pytest.mark.usefixtures("whole")]
 
@@ -66,13 +66,6 @@ def processes(program: Program, name: str) -> list[int]:
     return [pid for pid, said in family(program.process.pid).items() if said.startswith(f"ray::{name}")]
 
 
-def text_of(stream: str) -> str:
-    """The answer that a whole stream of events makes."""
-    *events, last = sse(stream)
-    assert last == "[DONE]", stream
-    return "".join(choice["delta"].get("content") or "" for event in events for choice in json.loads(event)["choices"])
-
-
 @asynccontextmanager
 async def many(program: Program) -> AsyncIterator[httpx.AsyncClient]:
     limits = httpx.Limits(max_connections=500)
@@ -96,7 +89,7 @@ def answers(program: Program, count: int, **other: Any) -> list[httpx.Response]:
 def test_a_replica_is_killed_under_load(program: Program, stream: bool) -> None:
     def said(answer: httpx.Response) -> str:
         assert answer.status_code == 200, answer.text
-        return text_of(answer.text) if stream else str(answer.json()["choices"][0]["message"]["content"])
+        return spoken(answer.text) if stream else str(answer.json()["choices"][0]["message"]["content"])
 
     async def ask_and_kill() -> tuple[list[str], set[str]]:
         async with many(program) as client:

@@ -28,13 +28,16 @@ APP = "nanochat"
 SWITCH_S = 1  # after which no gateway still asks the old replicas for something new
 LIFE: dict[str, Any] = {
     "health_check_period_s": 2,  # who is gone is missed after this long
-    "graceful_shutdown_timeout_s": 5,  # for answers that still run when the service ends
+    "graceful_shutdown_timeout_s": 5,  # for answers that still run when the service ends: of a gateway
     "graceful_shutdown_wait_loop_s": 0.2,  # until it is seen that none is left
 }
+REPLIES_S = 300  # replies that run have so long when another bundle takes their replica's place
 # Serve restarts what has a new version, and only reconfigures what has not. Its public options give everything a new
 # version each time; a gateway that restarts would cut off its clients.
 KEPT: dict[str, Any] = {"_internal": True, "version": "1"}
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
+
+logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the user reads what deploy.py says
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,6 @@ def roll_out(bundle: Bundle, capacity: Capacity, keys: Keys | None = None) -> st
 
     keys: who may ask; None: everybody.
     """
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     serve.start(proxy_location="Disabled", logging_config=QUIET)
     told = running()
     if told is None:
@@ -168,6 +170,7 @@ def _replicas(side: Side) -> serve.Application:
         "logging_config": QUIET,
         **LIFE,
         **KEPT,
+        "graceful_shutdown_timeout_s": REPLIES_S,
     }
     fewest, most = capacity.replicas
     if fewest == most:

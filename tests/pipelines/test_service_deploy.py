@@ -1,7 +1,6 @@
 """What `serve` refuses before Ray is started, what it says of the bundle, and the service on a real Ray Serve."""
 
 import asyncio
-import json
 import os
 import re
 import signal
@@ -24,7 +23,7 @@ from pipelines.service.bundle import RefusedError, find_bundle
 from pipelines.service.deploy import Wish, check_port, example, serve
 from tests.program import Program, family, free_port, started, wait_until_gone
 from tests.served import REPLY_TOKENS, build, write_file
-from tests.serving import sse, tiny_runner
+from tests.serving import spoken, sse, tiny_runner
 
 HELLO = [{"role": "user", "content": "Hi"}]
 
@@ -168,7 +167,7 @@ def test_what_the_user_reads_is_only_ours(program: Program) -> None:
 def test_a_lost_replica_is_replaced_and_what_it_said_is_continued(program: Program) -> None:
     body = {"model": "tiny-base", "messages": HELLO, "stream": True, "seed": seed_of_a_long_reply()}
     url = f"{program.url}/v1/chat/completions"
-    whole = text_of(httpx.post(url, json=body, timeout=60).text)
+    whole = spoken(httpx.post(url, json=body, timeout=60).text)
     [replica] = [pid for pid, name in family(program.process.pid).items() if "ServeReplica:nanochat:Replica-" in name]
     with httpx.stream("POST", url, json=body, timeout=60) as answer:
         pieces = answer.iter_text()
@@ -176,13 +175,7 @@ def test_a_lost_replica_is_replaced_and_what_it_said_is_continued(program: Progr
         os.kill(replica, signal.SIGKILL)
         text += "".join(pieces)
     assert sse(text)[-1] == "[DONE]", text
-    assert text_of(text) == whole
-
-
-def text_of(stream: str) -> str:
-    """The answer that a stream of events makes."""
-    chunks = [json.loads(event) for event in sse(stream) if event != "[DONE]"]
-    return "".join(choice["delta"].get("content") or "" for chunk in chunks for choice in chunk["choices"])
+    assert spoken(text) == whole
 
 
 @pytest.mark.ray
