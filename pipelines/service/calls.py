@@ -48,7 +48,7 @@ class Calls:
             for output in _joined([item for item in items if isinstance(item, Output)]):
                 replies -= output.finish is not None
                 yield output
-            if isinstance(items[-1], Exception):
+            if replies and isinstance(items[-1], Exception):
                 raise items[-1]
 
 

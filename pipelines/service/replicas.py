@@ -18,6 +18,7 @@ from pipelines.service.prefixes import ledger_of
 from pipelines.service.protocol import OverloadedError, ReplicaLostError
 
 STATS_TIMEOUT_S = 5
+SUBMIT_TIMEOUT_S = 60  # for a replica to take a request: one starts in less, and one that hangs never does
 
 
 class Replicas:
@@ -69,10 +70,14 @@ class Replicas:
         """The replica that has taken the request. Raises OverloadedError when all refuse, ReplicaLostError."""
         refused: dict[str, OverloadedError] = {}
         while True:
+            asked = self._handle.submit.remote(
+                self._name, number, tokens, params, refused=frozenset(refused), admitted=admitted
+            )
             try:
-                answer = await self._handle.submit.remote(
-                    self._name, number, tokens, params, refused=frozenset(refused), admitted=admitted
-                )
+                async with asyncio.timeout(SUBMIT_TIMEOUT_S):
+                    answer = await asked
+            except TimeoutError:
+                raise ReplicaLostError(f"no replica took the request within {SUBMIT_TIMEOUT_S} s") from None
             except RayTaskError as error:  # what the replica's own code raised
                 raise error.cause from error
             except (RayError, RayServeException) as error:
