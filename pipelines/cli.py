@@ -21,7 +21,7 @@ from pipelines.load import Loaded, SpecError, load
 from pipelines.look import Seen, alive, look, unknown
 from pipelines.plan import Step, plan
 from pipelines.provenance import made_by
-from pipelines.ray_local import logical_cpus, prepare, ray_running
+from pipelines.ray_local import NoRayError, logical_cpus, prepare, ray_running
 from pipelines.room import free_disk, free_memory, needs, shortage
 from pipelines.runner import Options, SourceChanged, StageFailed, run
 from pipelines.show import Bars, JsonLines, PlainLines, as_json, plan_json, plan_lines, status_json, status_lines
@@ -35,6 +35,7 @@ EXITS: dict[type[Exception], int] = {
     BrokenArtifactError: FAILED,
     StageFailed: FAILED,
     StageHeld: FAILED,
+    NoRayError: FAILED,
 }
 
 

@@ -3,6 +3,7 @@
 import os
 import secrets
 import signal
+import socket
 import threading
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -12,12 +13,17 @@ from pipelines.plan import Step
 from pipelines.spec import Capacity
 
 OBJECT_STORE_BYTES = 600_000_000  # stages pass numbers, not data: shards and weights go through the store
+CONNECT_TIMEOUT_S = 5
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nobody is told that this runs
     "RAY_AUTH_MODE": "token",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
+
+
+class NoRayError(RuntimeError):
+    """Nobody answers at the address of a cluster."""
 
 
 def logical_cpus(steps: Sequence[Step], serve: Capacity) -> int:
@@ -47,7 +53,7 @@ def prepare(environment: MutableMapping[str, str], home: Path) -> None:
 def ray_running(address: str | None, cpus: int, *, dashboard: bool = True) -> Iterator[str]:
     """Connects to the cluster at `address`, or starts a local one with `cpus` tickets and ends it. After `prepare`.
 
-    Yields the address at which other programs reach it.
+    Yields the address at which other programs reach it. Raises NoRayError.
 
     dashboard: of the local one; it costs three seconds and 250 MB.
     """
@@ -55,7 +61,11 @@ def ray_running(address: str | None, cpus: int, *, dashboard: bool = True) -> It
 
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if address:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        _check(address)
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+        except ConnectionError as error:
+            raise NoRayError(f"RAY_ADDRESS is {address}, and no Ray is there: {error}") from error
     else:
         ray.init(
             num_cpus=cpus,
@@ -72,3 +82,14 @@ def ray_running(address: str | None, cpus: int, *, dashboard: bool = True) -> It
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+def _check(address: str) -> None:
+    """Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "//" not in address:
+        try:
+            with socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT_S):
+                pass
+        except OSError as error:
+            raise NoRayError(f"RAY_ADDRESS is {address}, and no Ray is there: {error.strerror or error}") from error

@@ -130,12 +130,3 @@ def test_a_reply_that_takes_longer_than_the_rollout_ends_where_it_began(tmp_path
         rollout.join()
         assert spoken(text) == alone
         assert spoken(httpx.post(url, json=body, timeout=60).text) != alone, "the new bundle says the same"
-
-
-def test_a_rollback_needs_a_service_that_is_up(tmp_path: Path) -> None:
-    write_file(tmp_path)
-    command = [sys.executable, *SERVE, str(tmp_path / "tiny.yaml"), "--profile", "here", "--rollback"]
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
-    assert done.returncode == 2
-    assert done.stderr.startswith("--rollback is for a service that is up: say on which Ray, as in RAY_ADDRESS=auto ")

@@ -21,7 +21,7 @@ from pipelines.load import load
 from pipelines.plan import plan
 from pipelines.service.bundle import RefusedError, find_bundle
 from pipelines.service.deploy import Wish, check_port, example, serve
-from tests.program import Program, family, free_port, started, wait_until_gone
+from tests.program import SERVE, Program, family, free_port, started, wait_until_gone
 from tests.served import REPLY_TOKENS, build, write_file
 from tests.serving import spoken, sse, tiny_runner
 
@@ -106,6 +106,25 @@ def test_other_hosts_and_ports_that_cannot_be_used() -> None:
     check_port("127.0.0.1", free_port())
     with pytest.raises(RefusedError, match=r"port 8000 of 192\.0\.2\.1 cannot be used"):
         check_port("192.0.2.1", 8000)  # an address for documentation: no machine has it
+
+
+def test_a_rollback_needs_a_service_that_is_up(tmp_path: Path) -> None:
+    write_file(tmp_path)
+    command = [sys.executable, *SERVE, str(tmp_path / "tiny.yaml"), "--profile", "here", "--rollback"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 2
+    assert done.stderr.startswith("--rollback is for a service that is up: say on which Ray, as in RAY_ADDRESS=auto ")
+
+
+def test_a_ray_that_is_not_there_is_named(tmp_path: Path) -> None:
+    write_file(tmp_path)
+    address = f"127.0.0.1:{free_port()}"
+    command = [sys.executable, *SERVE, str(tmp_path / "tiny.yaml"), "--profile", "here", "--stop"]
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"RAY_ADDRESS is {address}, and no Ray is there: Connection refused\n"
 
 
 def seed_of_a_long_reply() -> int:
