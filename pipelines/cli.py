@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("key", _key, "make a key for a service that wants keys (serve.keys)")
     sub.add_argument("name", metavar="NAME", help="who will use it")
     sub = verb("bench", _bench, "measure this machine; `nanochat bench train --help` shows the options")
-    sub.add_argument("what", choices=("train", "decode", "serve"))
+    sub.add_argument("what", choices=("train", "decode", "serve", "scale"))
     sub.add_argument("options", nargs=argparse.REMAINDER, help="of the benchmark, such as --json")
     return parser
 
@@ -242,10 +242,9 @@ def _bench(args: argparse.Namespace) -> int:
     commit = f"{made['commit']}{'-dirty' if made['dirty'] else ''}"
     given = [] if made["commit"] is None else ["--commit", commit]
     options = [*given, *args.options]
-    if args.what == "serve":
-        from pipelines.bench import serve
-
-        return serve.main(options, partial(prepare, os.environ, Path.home()), os.environ.get("RAY_ADDRESS"))
+    if args.what in ("serve", "scale"):
+        bench = import_module(f"pipelines.bench.{args.what}")
+        return int(bench.main(options, partial(prepare, os.environ, Path.home()), os.environ.get("RAY_ADDRESS")))
     return int(import_module(f"nanochat.bench.{args.what}").main(options))
 
 

@@ -48,7 +48,7 @@ def settle(args: argparse.Namespace) -> None:
     args.clients = args.clients or CLIENTS
     args.seconds = None if args.requests else args.seconds or SECONDS
     if not args.url:
-        _settle_model(args)
+        settle_model(args)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -81,7 +81,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("; ".join(found))
 
 
-def _settle_model(args: argparse.Namespace) -> None:
+def settle_model(args: argparse.Namespace) -> None:
     """The model of random weights."""
     need = args.prompt + args.new
     tiles = TRACE_CONTEXT if args.trace else -(-need // TILE) * TILE
@@ -115,7 +115,7 @@ def options() -> argparse.ArgumentParser:
     add("url", nargs="?", metavar="URL", help="a running service of OpenAI's shape, such as http://127.0.0.1:8000")
     add("--plot", type=Path, metavar="FILE", help="draw the last load, as .svg, .png or .pdf")
     _load(found)
-    _model(found)
+    model_options(found)
     add = found.add_argument_group("a service that is there").add_argument
     add("--model", metavar="NAME", help="which of its models (default: the first)")
     add("--key", help="its API key")
@@ -179,7 +179,8 @@ def _load(found: argparse.ArgumentParser) -> None:
     )
 
 
-def _model(found: argparse.ArgumentParser) -> None:
+def model_options(found: argparse.ArgumentParser) -> None:
+    """Of the model of random weights and its service."""
     add = found.add_argument_group("without URL: the model and its service").add_argument
     add("--depth", type=whole, help=f"layers, each 64 wide (default: {DEPTH})")
     add("--head-dim", type=whole, help="size of a head (default: 128)")

@@ -49,6 +49,8 @@ def lines(one: Measurement) -> list[str]:
     if added := more.get("added_ttft_s"):
         told = ", ".join(f"{1e3 * seconds:.1f} ms to its {name}" for name, seconds in added.items())
         found.append(f"  to the time to the first token the service adds {told}")
+    if "replicas" in more:
+        found += _scale(more)
     slo = more["slo"]
     found.append(
         f"  goodput {more['goodput_requests_per_s']:.3g} requests/s: first token within {1e3 * slo['ttft_s']:g} ms, "
@@ -66,6 +68,17 @@ def lines(one: Measurement) -> list[str]:
             f"{more['client_cpu_us_per_token']:.0f} microseconds a token"
         )
     return found
+
+
+def _scale(more: dict[str, Any]) -> list[str]:
+    """What `bench scale` adds."""
+    changes = ", ".join(f"{count} from {max(0.0, at):g} s on" for at, count in more["replicas"])
+    settled, idle, memory = more["settled_ttft_s"], more["idle_ttft_s"], more["memory_mb"]
+    p99 = f"{1e3 * settled['p99']:,.1f}" if settled else "no"
+    return [
+        f"  p99 of the time to the first token, without the first half minute: {p99} ms; idle {1e3 * idle['p99']:,.1f}",
+        f"  replicas: {changes}; memory {memory['before']:,.0f} MB before, {memory['after']:,.0f} after",
+    ]
 
 
 def _times(more: dict[str, Any]) -> list[str]:

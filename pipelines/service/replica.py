@@ -31,10 +31,15 @@ SILENT_S = 10  # a caller that has asked and does not listen is gone after this 
 class _Client:
     """A gateway: what it has asked for and not heard yet."""
 
+    loop: asyncio.AbstractEventLoop
+    sink: Sink = field(init=False)  # one for all it asks for: a step wakes it once
     waiting: list[Heard] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     open: dict[int, tuple[int, Callable[[], None]]] = field(default_factory=dict)  # replies left, what cancels them
     listens: bool = False
+
+    def __post_init__(self) -> None:
+        self.sink = Sink(self.loop, self.hear)
 
     def hear(self, message: Sequence[Heard]) -> None:
         for number, item in message:
@@ -87,22 +92,21 @@ class Replica:
 
         refused: replicas that had no room for it; the router reads it.  admitted: as Backend.generate.
         """
-        asker = self._clients.setdefault(client, _Client())
-        loop = asyncio.get_running_loop()
+        asker = self._client(client)
         try:
-            cancel = self._worker.submit(Sink(loop, asker.hear), number, tokens, params, admitted=admitted)
+            cancel = self._worker.submit(asker.sink, number, tokens, params, admitted=admitted)
         except OverloadedError as error:
             return Answer(self._name, error)
         asker.open[number] = params.n, cancel
         if not asker.listens:
-            loop.call_later(SILENT_S, self._forget_the_deaf, client)
+            asker.loop.call_later(SILENT_S, self._forget_the_deaf, client)
         return Answer(self._name)
 
     async def outputs(self, replica: str, client: str) -> AsyncGenerator[list[Heard], None]:
         """All that the gateway's requests hear. Ends when none is open; its end cancels those that are."""
         if replica != self._name:
             raise ReplicaLostError(f"replica {replica} is gone")
-        asker = self._clients.setdefault(client, _Client())
+        asker = self._client(client)
         asker.listens = True
         try:
             while True:
@@ -148,10 +152,15 @@ class Replica:
         """Serve asks this every few seconds and replaces the replica if it raises."""
         self._worker.check()
 
+    def _client(self, name: str) -> _Client:
+        if name not in self._clients:
+            self._clients[name] = _Client(asyncio.get_running_loop())
+        return self._clients[name]
+
     def _forget(self, client: str) -> None:
-        asker = self._clients.pop(client, _Client())
-        for number in list(asker.open):
-            asker.cancel(number)
+        if asker := self._clients.pop(client, None):
+            for number in list(asker.open):
+                asker.cancel(number)
 
     def _forget_the_deaf(self, client: str) -> None:
         if client in self._clients and not self._clients[client].listens:
