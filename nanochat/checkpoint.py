@@ -1,14 +1,18 @@
 """Weights and training state as files: safetensors and JSON, never pickle.
 
 A model folder is what transformers loads: config.json and model.safetensors.
-A checkpoint lies in step-00000100/ and counts from the moment its manifest.json, written last, is there.
+A checkpoint lies in step-00000100/ and counts from the moment its manifest.json, written last, is there. Ranks that
+hold a part of the optimizer's state each write their own; any number of ranks reads what any other number wrote.
 """
 
 import hashlib
 import json
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any, Final
 
 import torch
@@ -21,14 +25,16 @@ from nanochat.config import ModelConfig
 from nanochat.files import File, Files
 from nanochat.loss import CAP
 from nanochat.model import EPS, GPT, ROPE_BASE, weight_shapes
-from nanochat.optim import Optimizer, check_shapes, copy_in
+from nanochat.optim import Optimizer, check_shapes, copy_in, merged
 from nanochat.weights import StoredWeights
 
 MODEL: Final = "model.safetensors"
-OPTIM: Final = "optim.safetensors"
 STATE: Final = "state.json"
 MANIFEST: Final = "manifest.json"
 CONFIG: Final = "config.json"
+KEEP: Final = 2  # checkpoints: one may be damaged
+PATIENCE_S: Final = 600.0  # with which rank 0 waits for the parts of the others
+LOOK_S: Final = 0.1  # between two looks for them
 
 
 def save_model(files: Files, model: GPT, dtype: torch.dtype | None = None) -> list[File]:
@@ -121,25 +127,91 @@ def transformers_config(config: ModelConfig, vocab_size: int, dtype: torch.dtype
     }
 
 
-def save(files: Files, step: int, model: GPT, optimizer: Optimizer, extra: dict[str, Any]) -> None:
-    """Write the checkpoint of `step` done steps; extra: JSON data of the caller.
+class Saver:
+    """Saves a training while it goes on: `save` copies its state to host memory, and a thread writes the copy.
 
-    It replaces one of the same step. Later ones are deleted: they belong to a run that was given up for this one.
+    At most one is being written. Every rank makes one and calls `save` at the same steps.
     """
-    folder = _folder(step)
-    files.delete(folder + MANIFEST)  # from here on the old one does not count
-    weights = {name: weight.detach().cpu() for name, weight in model.named_parameters()}
-    state = {name: tensor.cpu().contiguous() for name, tensor in optimizer.state_dict().items()}
-    written = [
-        files.put(folder + MODEL, encode(weights)),
-        files.put(folder + OPTIM, encode(state)),
-        files.put(folder + STATE, json.dumps({"step": step, "extra": extra}).encode()),
-    ]
-    manifest = {file.path.removeprefix(folder): {"bytes": file.bytes, "sha256": file.sha256} for file in written}
-    files.put(folder + MANIFEST, json.dumps(manifest, indent=2).encode())
-    for other in _steps(files):
-        if other > step:
-            _delete(files, other)
+
+    def __init__(
+        self,
+        files: Files,
+        model: GPT,
+        optimizer: Optimizer,
+        *,
+        rank: int = 0,
+        parts: int = 1,
+        committed: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """parts: of the optimizer's state, one on each rank; 1: rank 0 has all of it, and writes alone.
+
+        committed: called by the thread of rank 0 with a step that is now sure to be found again.
+        """
+        self._files, self._model, self._optimizer = files, model, optimizer
+        self._rank, self._parts, self._committed = rank, parts, committed
+        self._host: dict[str, Tensor] = {}  # kept, since fresh memory costs more than the copy
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future[None] | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Whether one is being written. Raises what went wrong with it if it ended otherwise."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+        return self._writing is not None
+
+    def wait(self) -> None:
+        """Return when nothing is being written; raises what went wrong."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def save(self, step: int, extra: dict[str, Any]) -> None:
+        """Begin the checkpoint of `step` done steps, after the one that may be in flight; extra: JSON data.
+
+        Only the copy is made before this returns. The caller leaves `extra` as it is.
+        """
+        self.wait()
+        if self._rank >= self._parts:
+            return
+        weights = {} if self._rank else {name: w.detach() for name, w in self._model.named_parameters()}
+        state = self._optimizer.state_dict()
+        copied = _to_host({f"weight {name}": w for name, w in weights.items()} | state, self._host)
+        model = {name: copied.pop(f"weight {name}") for name in weights}
+        self._writing = self._thread.submit(self._write, step, model, copied, extra)
+
+    def _write(self, step: int, model: dict[str, Tensor], state: dict[str, Tensor], extra: dict[str, Any]) -> None:
+        files, folder = self._files, _folder(step)
+        part = files.put(folder + _optim_files(self._parts)[self._rank], encode(state))
+        if self._rank:
+            files.put(_receipt(step, self._rank), json.dumps(asdict(part)).encode())
+            return
+        written = [
+            part,
+            files.put(folder + MODEL, encode(model)),
+            files.put(folder + STATE, json.dumps({"step": step, "extra": extra}).encode()),
+            *(self._part_of(step, rank) for rank in range(1, self._parts)),
+        ]
+        for rank in range(1, self._parts):
+            files.delete(_receipt(step, rank))
+        manifest = {file.path.removeprefix(folder): {"bytes": file.bytes, "sha256": file.sha256} for file in written}
+        files.put(folder + MANIFEST, json.dumps(manifest, indent=2).encode())
+        self._committed(step)
+        prune(files)
+
+    def _part_of(self, step: int, rank: int) -> File:
+        """What another rank says to have written."""
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                with self._files.open(_receipt(step, rank)) as told:
+                    return File(**json.load(told))
+            except FileNotFoundError:
+                if time.monotonic() > end:
+                    raise TimeoutError(
+                        f"rank {rank} has not written its part of {_folder(step)} within {PATIENCE_S:.0f} s"
+                    ) from None
+            time.sleep(LOOK_S)
 
 
 def newest(files: Files) -> int | None:
@@ -164,13 +236,13 @@ def restore(files: Files, step: int, model: GPT, optimizer: Optimizer) -> dict[s
     if only the optimizer's do not fit, to be thrown away.
     """
     read = _read(files, step)
-    _copy_weights(model, _decode(_folder(step) + MODEL, read[MODEL]))
-    optimizer.load_state_dict(_decode(_folder(step) + OPTIM, read[OPTIM]))
-    extra: dict[str, Any] = json.loads(read[STATE])["extra"]
+    _copy_weights(model, _decode(_folder(step) + MODEL, read.pop(MODEL)))
+    extra: dict[str, Any] = json.loads(read.pop(STATE))["extra"]
+    optimizer.load_state_dict(merged(_decode(_folder(step) + name, data) for name, data in read.items()))
     return extra
 
 
-def prune(files: Files, keep: int = 2) -> None:
+def prune(files: Files, keep: int = KEEP) -> None:
     """Delete all but the newest `keep` checkpoints, and whatever was never committed. Not while another one saves."""
     kept = _committed(files)[-keep:] if keep else []
     for step in _steps(files):
@@ -178,8 +250,41 @@ def prune(files: Files, keep: int = 2) -> None:
             _delete(files, step)
 
 
+def collect(files: Files, start: int) -> None:
+    """Delete what a run that goes on from `start` (0: the beginning) must not meet again: all of later steps, which
+    is damaged or was given up, and whatever was never committed. Before any rank saves.
+    """
+    for step in _steps(files):
+        if step > start:
+            _delete(files, step)
+    prune(files)
+
+
+def _to_host(tensors: Mapping[str, Tensor], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory, in `buffers` of the same names, which are made where they are not there yet."""
+    for name, tensor in tensors.items():
+        if name not in buffers:
+            buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        buffers[name].copy_(tensor, non_blocking=True)
+    if any(tensor.is_cuda for tensor in tensors.values()):
+        torch.cuda.current_stream().synchronize()
+    return {name: buffers[name] for name in tensors}
+
+
 def _folder(step: int) -> str:
     return f"step-{step:08d}/"
+
+
+def _optim_files(parts: int) -> list[str]:
+    """The files of the optimizer's state, by rank."""
+    if parts == 1:
+        return ["optim.safetensors"]
+    return [f"optim-{rank:05d}-of-{parts:05d}.safetensors" for rank in range(parts)]
+
+
+def _receipt(step: int, rank: int) -> str:
+    """By which a rank tells rank 0 that its part is written: a file that goes before the manifest comes."""
+    return f"{_folder(step)}rank-{rank}.json"
 
 
 def _steps(files: Files) -> list[int]:
@@ -204,7 +309,8 @@ def _read(files: Files, step: int) -> dict[str, bytes]:
     try:
         with files.open(folder + MANIFEST) as file:
             manifest = json.load(file)
-        expected = {name: (manifest[name]["bytes"], manifest[name]["sha256"]) for name in (MODEL, OPTIM, STATE)}
+        names = [MODEL, STATE, *_optim_files(len(manifest) - 2)]
+        expected = {name: (manifest[name]["bytes"], manifest[name]["sha256"]) for name in names}
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}{MANIFEST} is missing or damaged: {error!r}") from error
     read = {}

@@ -8,7 +8,7 @@ B rows, T positions of a row.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -81,6 +81,17 @@ class Batch:
     targets: Tensor  # (B, T) int64, -1 where nothing counts
     segments: Tensor | None = None  # (B, T) int32 for chats: positions see those of their own number; 0 is padding
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same on a device; if it is pinned, the copy is only queued, and nothing waits for it."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """The same in memory that a GPU copies from by itself."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, do: Callable[[Tensor], Tensor]) -> "Batch":
+        return Batch(do(self.tokens), do(self.targets), None if self.segments is None else do(self.segments))
+
 
 def build_index(files: Files, names: Sequence[str], context: int, chat: bool) -> Index:
     """Count the rows of every window of the shards, from the lengths of the documents alone.
@@ -114,6 +125,7 @@ class TokenLoader:
         rank: int = 0,
         world: int = 1,
         micro_batch: int = 8,
+        pin: bool = False,  # for a GPU: batches lie where it can copy them while it computes
     ) -> None:
         if batch_tokens < index.context or batch_tokens % index.context:
             near = max(1, round(batch_tokens / index.context)) * index.context
@@ -127,7 +139,7 @@ class TokenLoader:
         self._index = index
         self._seed = seed
         self._share = slice(self.rows * rank // world, self.rows * (rank + 1) // world)
-        self._micro_batch = micro_batch
+        self._micro_batch, self._pin = micro_batch, pin
         self._window = lru_cache(maxsize=KEPT)(self._read)
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
         self._group = lru_cache(maxsize=2)(self._draw_group)
@@ -149,7 +161,8 @@ class TokenLoader:
         count = sum(window.count(row) for window, row in rows)
         mine = rows[self._share]
         size = self._micro_batch
-        return [_batch(mine[at : at + size]) for at in range(0, len(mine), size)], count
+        batches = [_batch(mine[at : at + size]) for at in range(0, len(mine), size)]
+        return [batch.pinned() for batch in batches] if self._pin else batches, count
 
     def _rows_of(self, number: int) -> list[tuple["Rows", int]]:
         """Rows number * R to (number + 1) * R of the endless sequence of epochs."""

@@ -6,11 +6,11 @@ often, since between two products numbers stay in fp32, and its memory is used a
 
 # B rows of T tokens, N = B T, C width, H query heads, K key heads, G = H / K, D head size, V vocabulary
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanochat.data import Batch
 from nanochat.kernels import Kernels
@@ -21,6 +21,9 @@ QUERIES = 256  # tokens whose scores are made at a time: keys after the last of 
 KEPT = 512  # tokens of a row up to which the chances of attention are kept for the backward pass, not made again
 HEAD_ROWS = 512  # positions whose logits exist at a time
 BF16 = torch.bfloat16
+
+Final = Callable[[nn.Parameter], None]  # is told of each weight whose gradient a backward pass has done with
+Mark = Callable[[str], None]  # is told which part of a step is over, see nanochat/clock.py
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,17 +49,20 @@ class Layer:
 class FastBackward:
     """Adds a micro-batch's share of the gradient to the weights' own, as `nanochat.train.backward` does."""
 
-    def __init__(self, model: GPT, kernels: Kernels) -> None:
+    def __init__(self, model: GPT, kernels: Kernels, mark: Mark | None = None) -> None:
         config = model.config
         self._model, self._do = model, kernels
+        self._mark: Mark = mark or ignore
+        self._final: Final = ignore
         self._heads, self._key_heads, self._size = config.heads, config.key_heads, config.head_dim
         self._cos, self._sin = (table.flatten(1) for table in rotary_table(config.context, config.head_dim))
         self._rooms: dict[str, Tensor] = {}
         self._shape = (0, 0)
 
     @torch.no_grad()
-    def __call__(self, batch: Batch, count: int) -> Tensor:
+    def __call__(self, batch: Batch, count: int, final: Final | None = None) -> Tensor:
         """The sum of the micro-batch's nats; the gradient is that of this sum divided by `count`."""
+        self._final = final or ignore
         rows, tokens = self._shape = batch.tokens.shape[0], batch.tokens.shape[1]
         n, width = rows * tokens, self._model.config.width
         ids = batch.tokens.flatten()
@@ -72,11 +78,13 @@ class FastBackward:
         gradient = self._room("gradient", n, width)
         self._do("norm", x, gradient, n, width)
         nats = self._head(gradient, batch.targets.flatten(), count)
+        self._mark("forward")  # with the head's backward pass, which is done on the way
         self._do("norm_back", x, gradient, None, gradient, n, width)
         for layer in reversed(layers):
             self._backward(layer, gradient, first)
         self._do("norm_back", raw, gradient, None, gradient, n, width)
         self._embed_back(ids, gradient)
+        self._mark("backward")
         return nats
 
     def _room(self, name: str, *sizes: int, dtype: torch.dtype = BF16) -> Tensor:
@@ -216,6 +224,7 @@ class FastBackward:
             torch.mm(logits, weight, out=hidden[at])
             self._do("scale_rows", hidden[at], shares[at], hidden[at], len(logits), width)
         gradient_of(linear.weight).add_(d_weight)
+        self._final(linear.weight)
         return nats.sum(dtype=torch.float64)
 
     def _embed_back(self, ids: Tensor, gradient: Tensor) -> None:
@@ -223,6 +232,7 @@ class FastBackward:
         d_weight = self._room("d_scores", *weight.shape, dtype=torch.float32).zero_()
         self._do("embed_back", gradient, ids, d_weight, *gradient.shape)
         gradient_of(weight).add_(d_weight)
+        self._final(weight)
 
     def _add(self, linears: Sequence[Linear], d_result: Tensor, x: Tensor) -> None:
         """Adds d_result^T x to the gradient of matrices that are one above the other.
@@ -233,6 +243,7 @@ class FastBackward:
         torch.mm(d_result.T, x, out=product)
         for linear, part in zip(linears, torch.split(product, [len(linear.weight) for linear in linears]), strict=True):
             self._do("add", gradient_of(linear.weight), part, part.numel())
+            self._final(linear.weight)
 
     def _chances(self, layer: Layer, number: int, first: Tensor | None) -> Tensor:
         """Of one block of queries, into its place in `layer.chances`."""
@@ -268,6 +279,10 @@ class FastBackward:
         rows, tokens = self._shape
         group = self._heads // self._key_heads
         return self._key_heads, tokens, begin, group, (end - begin) * group, end, rows * self._key_heads
+
+
+def ignore(_: object) -> None:
+    """A `Final` or `Mark` of somebody who does not want to know."""
 
 
 def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from pipelines.artifacts import BrokenArtifactError, LocalStore, Store, StoreError, open_store
 from pipelines.gc import garbage
@@ -120,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("key", _key, "make a key for a service that wants keys (serve.keys)")
     sub.add_argument("name", metavar="NAME", help="who will use it")
     sub = verb("bench", _bench, "measure this machine; `nanochat bench train --help` shows the options")
-    sub.add_argument("what", choices=("train", "decode", "serve", "scale"))
+    sub.add_argument("what", choices=("train", "decode", "quality", "serve", "scale"))
     sub.add_argument("options", nargs=argparse.REMAINDER, help="of the benchmark, such as --json")
     return parser
 
@@ -245,6 +246,14 @@ def _bench(args: argparse.Namespace) -> int:
     if args.what in ("serve", "scale"):
         bench = import_module(f"pipelines.bench.{args.what}")
         return int(bench.main(options, partial(prepare, os.environ, Path.home()), os.environ.get("RAY_ADDRESS")))
+    if args.what == "train":
+        from nanochat.bench import train
+
+        def torchrun(asked: argparse.Namespace) -> Any:
+            prepare(os.environ, Path.home())  # before Ray is imported
+            return import_module("pipelines.bench.train").against_torchrun(asked)
+
+        return train.main(options, torchrun)
     return int(import_module(f"nanochat.bench.{args.what}").main(options))
 
 

@@ -13,6 +13,7 @@ class Metric:
     name: str
     unit: str
     meaning: str
+    detail: bool = False  # left out where a stage is told in one line
 
 
 METRICS = (
@@ -25,8 +26,23 @@ METRICS = (
     Metric("heldout_tokens", "tokens", "in the held-out documents"),
     Metric("train_loss", "nats/token", "mean cost of a target token; over the last 5% of the steps once it is done"),
     Metric("train_steps", "steps", "optimizer steps taken, those before a restart included"),
+    Metric("checkpoint_step", "steps", "of the newest checkpoint: a restart goes on from it, or a newer one", True),
     Metric("train_tokens", "tokens", "positions of all global batches, padding included"),
     Metric("tokens_per_s", "tokens/s", "positions trained on in a second, median over the steps"),
+    Metric("mfu", "share", "FLOPs of the model in a second (6 a weight, and attention) over peak_flops_per_s, median"),
+    Metric("peak_flops_per_s", "FLOP/s", "of all workers: of a GPU as its maker says, of a CPU measured", detail=True),
+    Metric("step_s", "seconds", "that a training step takes, median", detail=True),
+    Metric("share_data", "share", "of the steps' time: waiting for batches", detail=True),
+    Metric("share_forward", "share", "of the steps' time: the forward pass and the loss", detail=True),
+    Metric("share_backward", "share", "of the steps' time: the backward pass", detail=True),
+    Metric("share_exchange", "share", "of the steps' time: communication that nothing hides", detail=True),
+    Metric("share_optimizer", "share", "of the steps' time: moving the weights", detail=True),
+    Metric("share_other", "share", "of the steps' time: all the rest", detail=True),
+    Metric("rank_skew_s", "seconds", "by which a step's own work takes the slowest worker longer, median", detail=True),
+    Metric("busy_cores", "cores", "that the first worker keeps busy while it trains, median", detail=True),
+    Metric("peak_bytes", "bytes", "most memory of the first worker: its GPU's, else its process's", detail=True),
+    Metric("grad_norm", "norm", "of the whole gradient before clipping, median over the steps", detail=True),
+    Metric("skipped_steps", "steps", "that moved no weight because loss or gradient was not finite", detail=True),
     Metric("parameters", "parameters", "weights of the model, embeddings included"),
     Metric("waste", "share", "of the positions of a batch, those that are padding, plus tokens that were dropped"),
     Metric("val_bpb", "bits/byte", "bits the model needs for a byte of held-out text"),

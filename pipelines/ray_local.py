@@ -30,7 +30,7 @@ def logical_cpus(steps: Sequence[Step], serve: Capacity) -> int:
     """CPUs that a local Ray must have: for the largest stage, the service and one to spare. More than there are is
     fine: to Ray a CPU is a ticket, and a laptop runs several small workers on one core.
     """
-    largest = max((step.place.workers * step.place.cpus for step in steps), default=0)
+    largest = max((step.place.most_workers * step.place.cpus for step in steps), default=0)
     return largest + serve.replicas[1] * serve.cpus + 1
 
 
@@ -68,6 +68,7 @@ def ray_running(address: str | None, cpus: int, *, dashboard: bool = True) -> It
             raise NoRayError(f"RAY_ADDRESS is {address}, and no Ray is there: {error}") from error
     else:
         ray.init(
+            address="local",  # else it goes to whatever Ray was started on this machine last, also to one that is gone
             num_cpus=cpus,
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=dashboard,

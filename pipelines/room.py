@@ -83,14 +83,14 @@ def free_disk(folder: Path) -> int:
 
 def _need(step: Step, by_name: dict[str, Step]) -> Need:
     place = step.place
-    memory = RAY + place.workers * PER_WORKER
+    memory = RAY + place.most_workers * PER_WORKER
     model = _model(step, by_name)
     if place.gpu is not None or model is None:
         return Need(step, memory if place.gpu is None else 0, 0)
     count = parameters(model, _vocabulary(step, by_name))
     per_worker = count * PER_PARAMETER
     per_worker += PER_ACTIVATION * place.micro_batch * model.context * model.width * model.depth
-    return Need(step, memory + place.workers * per_worker, count * KEPT_PER_PARAMETER)
+    return Need(step, memory + place.most_workers * per_worker, count * KEPT_PER_PARAMETER)
 
 
 def _model(step: Step, by_name: dict[str, Step]) -> ModelConfig | None:

@@ -13,12 +13,15 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from pipelines.artifacts import Manifest
 from pipelines.look import Live, Seen
+from pipelines.metrics import METRICS
 from pipelines.room import Need
 from pipelines.runner import Event
 from pipelines.runner import Progress as Done
 
 PLAIN_EVERY_S = 5.0
-NUMBERS = ("train_loss", "tokens_per_s")  # shown while a stage runs
+# Shown while a stage runs, where it says them.
+NUMBERS = ("train_loss", "tokens_per_s", "mfu", "share_data", "share_exchange", "share_optimizer", "share_other")
+DETAILS = {metric.name for metric in METRICS if metric.detail}
 
 
 def plan_json(pipeline: str, profile: str, seen: Sequence[Seen], needs: Sequence[Need]) -> dict[str, Any]:
@@ -199,7 +202,8 @@ def _sentence(event: Event) -> str:
 
 
 def _metrics(manifest: Manifest) -> str:
-    return "".join(f", {name} {number(value)}" for name, value in manifest.metrics.items())
+    shown = {name: value for name, value in manifest.metrics.items() if name not in DETAILS}
+    return "".join(f", {name} {number(value)}" for name, value in shown.items())
 
 
 def _counted(done: Done) -> str:
@@ -218,12 +222,13 @@ def _eta(done: Done, first: tuple[int, float], now: float) -> str:
 def _place(seen: Seen) -> str:
     place = seen.step.place
     each = f"{place.cpus} CPU" + (f" + {place.gpu}" if place.gpu else "")
-    return f"{place.workers} x {each}"
+    workers = f"{place.workers[0]}-{place.workers[1]}" if isinstance(place.workers, tuple) else place.workers
+    return f"{workers} x {each}"
 
 
 def _how_far(one: Live) -> str:
     if one.seen.manifest is not None:
-        return ", ".join(f"{name} {number(value)}" for name, value in one.seen.manifest.metrics.items())
+        return _metrics(one.seen.manifest).removeprefix(", ")
     said = _counted(Done(**one.holder.progress)) if one.holder and one.holder.progress else ""
     by = f" on {one.holder.who}" if one.holder and one.state in ("running", "lost") else ""
     return f"{said}{by}" or one.seen.why

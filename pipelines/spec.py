@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -178,15 +179,42 @@ class Service(Spec):
     temperature: float = Field(0.8, ge=0)  # used where a request names none; 0 is greedy
 
 
+def _some_workers(workers: int | tuple[int, int]) -> int | tuple[int, int]:
+    fewest, most = workers if isinstance(workers, tuple) else (workers, workers)
+    if fewest < 1:
+        raise ValueError(f"must be greater than 0, but it is {fewest}")
+    if fewest > most:
+        raise ValueError(f"is [{fewest}, {most}], but the fewest come first; write [{most}, {fewest}]")
+    return workers
+
+
 class Place(Spec):
     """Where one stage runs: `workers` Ray actors, each with `cpus` and at most one GPU."""
 
-    workers: PositiveInt = 1
+    # A number, or [fewest, most]: a training stage then goes on with as many as there is room for at the time.
+    workers: Annotated[int | tuple[int, int], AfterValidator(_some_workers)] = 1
     cpus: PositiveInt = 1  # for each worker
     gpu: GpuName | None = None
     micro_batch: PositiveInt = 8  # sequences in one forward pass of one worker
     retries: int = Field(0, ge=0)  # worker failures to survive before the stage fails
     checkpoint_s: PositiveFloat = 60  # seconds between two checkpoints of a training stage
+    parallel: Literal["ddp", "zero1"] = "ddp"  # of training: zero1 also splits the optimizer's state over the workers
+
+    profile: tuple[PositiveInt, PositiveInt] | None = None  # first and last step of training to trace, by rank 0
+
+    @property
+    def most_workers(self) -> int:
+        """How many there are where there is room for all."""
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
+
+    @model_validator(mode="after")
+    def _survives(self) -> "Place":
+        if isinstance(self.workers, tuple) and not self.retries:
+            raise ValueError(
+                "workers may shrink, but retries is 0, so that the first lost worker would end the stage; "
+                "give `retries` the number of losses to survive"
+            )
+        return self
 
 
 class Capacity(Spec):

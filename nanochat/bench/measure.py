@@ -4,9 +4,7 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
-import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -113,20 +111,6 @@ def best_precision(device: str) -> str:
     """bf16 where the device multiplies it itself."""
     able = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else cpu_has_bf16()
     return "bf16" if able else "fp32"
-
-
-def peak_bytes() -> int:
-    """The most memory that this process had since it began.
-
-    Linux's VmHWM: getrusage's number begins with the parent's, and a benchmark's processes have a large one.
-    """
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    peaks = [line.split()[1] for line in lines if line.startswith("VmHWM")]
-    if peaks:
-        return int(peaks[0]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from nanochat.bench.measure import peak_bytes
 from nanochat.bench.setup import Load, Run, Setup
 from nanochat.bench.texts import Row, text_rows
 from nanochat.engine.engine import Engine
 from nanochat.engine.runner import BLOCK, Batch, make_runner
 from nanochat.engine.sampler import SampleParams
+from nanochat.machine import process_peak_bytes
 
 
 class Ours:
@@ -129,7 +129,7 @@ class Ours:
 
     def peak(self) -> dict[str, int]:
         """Most memory so far."""
-        peaks = {"peak_bytes": peak_bytes()}
+        peaks = {"peak_bytes": process_peak_bytes()}
         if self._setup.device == "cuda":
             peaks["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
         return peaks

@@ -10,10 +10,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nanochat.bench.measure import DTYPES, peak_bytes
+from nanochat.bench.measure import DTYPES
 from nanochat.bench.setup import Load, Run, Setup
 from nanochat.checkpoint import transformers_config
 from nanochat.engine.runner import Precision
+from nanochat.machine import process_peak_bytes
 
 CacheKind = Literal["dynamic", "static"]
 CACHES: tuple[CacheKind, ...] = ("dynamic", "static")
@@ -84,7 +85,7 @@ class Transformers:
 
     def peak(self) -> dict[str, int]:
         """Most memory so far."""
-        peaks = {"peak_bytes": peak_bytes()}
+        peaks = {"peak_bytes": process_peak_bytes()}
         if self._setup.device == "cuda":
             peaks["gpu_peak_bytes"] = torch.cuda.max_memory_allocated()
         return peaks

@@ -10,7 +10,7 @@ is worth beating: what leaves three quarters of them unused is not.
 import argparse
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -35,33 +35,59 @@ FAIR = 0.25  # of the machine's matrix products that a baseline must reach
 LEAST_RUNS = 5
 # What `--against` may name -> the precision in which nanochat would compute
 BASELINES = {"nanochat-like": "bf16", "fp32": "fp32"}
+TORCHRUN = "torchrun"  # the same loop without Ray, which only pipelines/bench/train.py can compare
+TORCHRUN_RUNS, TORCHRUN_STEPS = 7, 8  # steps: of a run
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The verb `nanochat bench train`."""
+def main(
+    argv: Sequence[str] | None = None, torchrun: Callable[[argparse.Namespace], Iterator[Measurement]] | None = None
+) -> int:
+    """The verb `nanochat bench train`. torchrun: makes that comparison, where there is Ray."""
     options = parser("train", "Tokens/s of training steps on made-up text.")
     options.add_argument("--precision", choices=tuple(DTYPES), help="(default: bf16 where the processor has it)")
     options.add_argument("--depth", type=whole, default=4, help="layers, each 64 wide (default: %(default)s)")
-    options.add_argument("--steps", type=whole, default=20, help="steps that are timed (default: %(default)s)")
+    options.add_argument("--steps", type=whole, help="steps that are timed (default: 20; 56 against torchrun)")
     options.add_argument("--micro-batch", type=whole, default=8, help="rows at a time (default: %(default)s)")
     options.add_argument(
         "--against",
         nargs="+",
         default=[],
-        choices=tuple(BASELINES),
+        choices=(*BASELINES, TORCHRUN),
         help="nanochat-like: as nanochat at its best (bf16, torch.compile, all logits); fp32: as it does on a CPU "
-        "unless told otherwise",
+        "unless told otherwise; torchrun: Ray Train beside the same loop without Ray",
     )
-    options.add_argument("--runs", type=whole, default=LEAST_RUNS, help="of each side, in turn (default: %(default)s)")
+    options.add_argument("--runs", type=whole, help="of each side, in turn (default: 5; 7 against torchrun)")
     args = parse(options, argv)
+    by_torchrun = TORCHRUN in args.against
+    if by_torchrun:
+        _check_torchrun(options, args, torchrun is not None)
+    args.runs = args.runs or (TORCHRUN_RUNS if by_torchrun else LEAST_RUNS)
+    args.steps = args.steps or (args.runs * TORCHRUN_STEPS if by_torchrun else 20)
     if args.against and (args.runs < LEAST_RUNS or args.steps % args.runs):
         options.error(
             f"--steps {args.steps} --runs {args.runs}: a comparison needs at least {LEAST_RUNS} runs of equally many "
             f"steps; try --steps {LEAST_RUNS * max(1, args.steps // LEAST_RUNS)} --runs {LEAST_RUNS}"
         )
     args.precision = args.precision or best_precision(args.device)
-    show(compared(args) if args.against else [alone(args)], as_json=args.json)
+    if torchrun is not None and by_torchrun:
+        show(torchrun(args), as_json=args.json)
+    else:
+        show(compared(args) if args.against else [alone(args)], as_json=args.json)
     return 0
+
+
+def _check_torchrun(options: argparse.ArgumentParser, args: argparse.Namespace, there: bool) -> None:
+    """Exits with 2 where it cannot be compared."""
+    wrong = {
+        "it sets Ray beside the same loop without Ray, and needs the whole package: nanochat bench train "
+        f"--against {TORCHRUN}": not there,
+        "the other comparisons are made without Ray; ask for them alone": len(args.against) > 1,
+        "it is about processes that share the cores of a machine; use --device cpu": args.device != "cpu",
+        f"two workers share the threads, and --threads is {args.threads}; use an even number": args.threads % 2 > 0,
+    }
+    found = [words for words, is_wrong in wrong.items() if is_wrong]
+    if found:
+        options.error(f"--against {TORCHRUN}: {'; '.join(found)}")
 
 
 def alone(args: argparse.Namespace) -> Measurement:
@@ -69,7 +95,10 @@ def alone(args: argparse.Namespace) -> Measurement:
     with Worker(Trainer, setup_of(args)) as worker:
         rates = worker.ask("rates", args.steps)
         told = worker.ask("told")
-    return measurement("train", _case(args), rates, args, _more(args) | told)
+        peak = worker.ask("mfu_peak_flops_per_s")
+    mfu = statistics.median(rates) * flops_per_token(config_of(args), VOCABULARY) / peak
+    more = {**about(args), **told, "peak_flops_per_s": peak, "mfu": mfu}
+    return measurement("train", _case(args), rates, args, more)
 
 
 def compared(args: argparse.Namespace) -> Iterator[Measurement]:
@@ -90,7 +119,7 @@ def compared(args: argparse.Namespace) -> Iterator[Measurement]:
             peaks += [[mine.ask("peak_flops_per_s", one) for one in precisions]]
             told, other = mine.ask("told"), theirs.ask("told")
         more = {
-            **_more(args),
+            **about(args),
             **told,
             **{f"baseline_{key}": value for key, value in other.items()},
             "baseline_min": min(found[1]),
@@ -106,7 +135,7 @@ def _shares(found: Measurement, args: argparse.Namespace) -> dict[str, float]:
     more, peaks = found.more, found.more["peak_flops_per_s"]
     assert found.baseline is not None
     assert found.baseline_value is not None
-    per_token = flops_per_token(_config(args), VOCABULARY)
+    per_token = flops_per_token(config_of(args), VOCABULARY)
     precision = BASELINES[found.baseline]
     share = found.baseline_value * per_token / peaks[precision]
     if share < FAIR:
@@ -126,7 +155,7 @@ def _shares(found: Measurement, args: argparse.Namespace) -> dict[str, float]:
 def setup_of(args: argparse.Namespace) -> TrainSetup:
     """Our own side."""
     return TrainSetup(
-        config=_config(args),
+        config=config_of(args),
         steps=WARM_UP + args.steps,
         precision=args.precision,
         device=args.device,
@@ -139,13 +168,15 @@ def _case(args: argparse.Namespace) -> str:
     return f"depth {args.depth}, {args.precision}"
 
 
-def _config(args: argparse.Namespace) -> ModelConfig:
+def config_of(args: argparse.Namespace) -> ModelConfig:
+    """The model that is trained."""
     return ModelConfig(depth=args.depth, context=CONTEXT, head_dim=64)
 
 
-def _more(args: argparse.Namespace) -> dict[str, int]:
+def about(args: argparse.Namespace) -> dict[str, int]:
+    """What decides a case."""
     return {
-        "parameters": parameters(_config(args), VOCABULARY),
+        "parameters": parameters(config_of(args), VOCABULARY),
         "vocabulary": VOCABULARY,
         "context": CONTEXT,
         "batch_tokens": trainer.BATCH_TOKENS,

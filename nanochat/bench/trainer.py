@@ -2,16 +2,19 @@
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from nanochat.bench.baseline import Baseline
-from nanochat.bench.measure import DTYPES, peak_bytes
+from nanochat.bench.measure import DTYPES
 from nanochat.config import ModelConfig, OptimConfig
 from nanochat.data import Batch
+from nanochat.machine import measured_flops_per_s, peak_bytes, peak_flops_per_s
 from nanochat.model import GPT
 from nanochat.optim import build_optimizer
 from nanochat.train import TrainPlan, train
@@ -41,15 +44,17 @@ class Trainer:
 
     def __init__(self, setup: TrainSetup) -> None:
         torch.set_num_threads(setup.threads)
-        self._setup = setup
+        self._setup, self._device = setup, torch.device(setup.device)
         self._model = GPT(setup.config, VOCABULARY, DTYPES[setup.precision]).reset(0).to(setup.device)
         self._text = Text(setup.micro_batch)
         self.losses: list[float] = []
+        self._parts: defaultdict[str, float] = defaultdict(float)  # seconds of the steps that are timed, ours only
         self._steps = self._baseline() if setup.baseline else self._ours()
         began = time.perf_counter()
         self.losses.append(next(self._steps))
         self._first_step_s = time.perf_counter() - began
         self.rates(WARM_UP - 1)
+        self._parts.clear()
 
     def rates(self, steps: int) -> list[float]:
         """Does so many steps; tokens/s of each."""
@@ -61,31 +66,31 @@ class Trainer:
             rates.append(BATCH_TOKENS / (time.perf_counter() - began))
         return rates
 
-    def told(self) -> dict[str, float]:
+    def told(self) -> dict[str, Any]:
         """What is known after the steps."""
-        cuda = self._setup.device == "cuda"
+        total = sum(self._parts.values())
         return {
             "loss": statistics.mean(self.losses[-LAST:]),
             "first_step_s": self._first_step_s,
-            # Of a GPU's memory what torch handed out, else what the whole process had.
-            "peak_bytes": torch.cuda.max_memory_allocated() if cuda else peak_bytes(),
+            "peak_bytes": peak_bytes(self._device),
+            **({"shares": {part: s / total for part, s in self._parts.items()}} if total else {}),
         }
+
+    def mfu_peak_flops_per_s(self) -> float:
+        """What the share that is reached is a share of: a GPU's by its maker, else measured."""
+        return peak_flops_per_s(self._device, DTYPES[self._setup.precision])
 
     def peak_flops_per_s(self, precision: str) -> float:
         """What a product of matrices reaches here, at best; in fp32 by the way that torch takes by itself."""
-        best, size = 0.0, 1024  # larger ones are no faster, and would count as memory of training
-        a, b = (torch.randn(size, size).to(self._setup.device, DTYPES[precision]) for _ in "ab")
-        for _ in range(30):
-            began = time.perf_counter()
-            float((a @ b)[0, 0])  # waits for a GPU
-            best = max(best, 2 * size**3 / (time.perf_counter() - began))
-        return best
+        return measured_flops_per_s(self._device, DTYPES[precision])
 
     def _ours(self) -> Iterator[float]:
         """On CUDA a step is timed from the point where the one before waited for the GPU, before its optimizer."""
         plan = TrainPlan(steps=self._setup.steps, batch_tokens=BATCH_TOKENS, optim=OPTIM)
         optimizer = build_optimizer(self._model, OPTIM, self._setup.precision)
         for done in train(self._model, optimizer, self._text.step, plan):
+            for part, seconds in done.parts.items():
+                self._parts[part] += seconds
             yield done.loss
 
     def _baseline(self) -> Iterator[float]:

@@ -2,16 +2,18 @@
 
 The workers read their rows from the shards, write their own checkpoints, and say each step to a small actor that the
 driver reads. `ray.train.report` is called once, at the end: Ray paces it by a poll of its controller, and what it
-acknowledges can still be lost (docs/DECISIONS.md). What counts is the newest checkpoint that has its own manifest.
+acknowledges can still be lost (docs/DECISIONS.md). What counts is the newest checkpoint that has its own manifest; a
+worker that is lost, or a number of workers that changes, is a new start from there.
 """
 
 import json
+import signal
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
@@ -20,22 +22,35 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.config import LoggingConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat import checkpoint
+from nanochat.checkpoint import Saver
 from nanochat.config import ModelConfig, OptimConfig
 from nanochat.data import Index, TokenLoader
 from nanochat.flops import parameters
 from nanochat.model import GPT
 from nanochat.optim import build_optimizer
-from nanochat.parallel import copy_from_first, sum_ranks
+from nanochat.parallel import Ranks
 from nanochat.train import StepDone, TrainPlan, train
 from pipelines.artifacts import Dir
+from pipelines.curves import EVENTS, TRACE, Observer, Row, event_file, numbers, summary, traced
 from pipelines.runner import Job, Progress
 from pipelines.spec import Place
 
 STEPS = "steps.jsonl"  # one line a step, in the artifact
 SAY_EVERY_S = 0.25
+GRACE_S = 15.0  # for the workers to save, when the driver is told to end
 RAY_FILES = "ray-train"  # a folder beside work/ for what Ray Train writes for itself; of no use to us
+
+# What a rank asks for at the end of a step. The greatest that any of them asks for is what all do.
+GO_ON, SAVE, LEAVE = 0, 1, 2
+
+told_to_end = threading.Event()  # by SIGTERM, or by the driver; of a worker's whole process, as signals are
+
+
+class ToldToEndError(RuntimeError):
+    """The workers saved and left, because one of them was told to."""
 
 
 @dataclass(frozen=True)
@@ -55,61 +70,90 @@ class Fit:
 
 
 class Board:
-    """An actor: rank 0 says how far it is, and the driver reads it."""
+    """An actor: rank 0 says how far it is, and the driver reads it; the driver says when to end, and rank 0 does."""
 
     def __init__(self) -> None:
-        self.latest: StepDone | None = None
+        self.latest: Row | None = None
+        self.committed = 0
+        self.end = self.left = False
 
-    def put(self, done: StepDone) -> None:
-        """Keeps the newest step."""
-        self.latest = done
+    def put(self, row: Row) -> bool:
+        """Keeps the newest step. Says whether the workers are to save and leave."""
+        self.latest = row
+        return self.end
 
-    def read(self) -> StepDone | None:
-        """The newest step, or None before the first."""
-        return self.latest
+    def commit(self, step: int) -> None:
+        """From now on a restart goes on from this step, or from a later one."""
+        self.committed = step
+
+    def read(self) -> tuple[Row | None, int]:
+        """The newest step, or None before the first; the newest committed one."""
+        return self.latest, self.committed
+
+    def tell_to_end(self) -> bool:
+        """Lets the workers save and leave. Says whether there is something to save."""
+        self.end = True
+        return self.latest is not None
+
+    def leave(self) -> None:
+        """The workers saved."""
+        self.left = True
+
+    def have_left(self) -> bool:
+        """Whether they did."""
+        return self.left
 
 
 def fit(job: Job, task: Fit) -> dict[str, float]:
     """Trains, and leaves config.json, model.safetensors and steps.jsonl in `job.out`. Returns the metrics."""
-    place = job.step.place
+    place, store, address = job.step.place, job.work.store, job.step.address
     resources = {"CPU": place.cpus} | ({"GPU": 1} if place.gpu else {})
+    store.remove(address, RAY_FILES)  # of a driver that was killed
     with _watching(job) as board:
         trainer = TorchTrainer(
             _work,
             train_loop_config={"task": task, "out": job.out, "work": job.work, "place": place, "board": board},
-            torch_config=TorchConfig(backend="nccl" if place.gpu else "gloo"),
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if place.gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=place.workers,
+                # Growing is a new start too: no more often than checkpoints, or it would never get anywhere.
+                elastic_resize_monitor_interval_s=place.checkpoint_s,
                 use_gpu=place.gpu is not None,
                 resources_per_worker=resources,
                 accelerator_type=place.gpu,
             ),
             run_config=RunConfig(
                 name=uuid.uuid4().hex[:8],  # never the same twice: Ray must not resume by itself
-                storage_path=job.work.store.dir(job.step.address, RAY_FILES).uri(),
+                storage_path=store.dir(address, RAY_FILES).uri(),
                 failure_config=FailureConfig(max_failures=place.retries),
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
-        trainer.fit()
-    job.work.store.remove(job.step.address, RAY_FILES)
+        try:
+            trainer.fit()
+        except KeyboardInterrupt:  # SIGTERM. At Ctrl-C Ray ends the workers itself, at once.
+            _let_them_save(board)
+            raise
+        finally:
+            store.remove(address, RAY_FILES)
     return _summary(job, task)
 
 
 @contextmanager
 def _watching(job: Job) -> Iterator[Any]:
     """An actor for the workers to say their steps to; a thread passes them on to `job.say`."""
-    board = ray.remote(num_cpus=0)(Board).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may be lost
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     stop = threading.Event()
 
     def watch() -> None:
-        said = 0
+        said = None
         while not stop.wait(SAY_EVERY_S):
-            done = ray.get(board.read.remote())
-            if done is not None and done.step != said:
-                said = done.step
-                numbers = {"train_loss": done.loss, "tokens_per_s": done.tokens_per_s}
-                job.say(Progress(done=done.step, total=done.steps, unit="step", numbers=numbers))
+            row, committed = ray.get(board.read.remote())
+            if row is not None and (row["step"], committed) != said:
+                said = row["step"], committed
+                told = numbers(row) | {"checkpoint_step": committed}
+                job.say(Progress(done=row["step"], total=row["steps"], unit="step", numbers=told))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -121,50 +165,128 @@ def _watching(job: Job) -> Iterator[Any]:
         ray.kill(board)
 
 
+def _let_them_save(board: Any) -> None:
+    end = time.monotonic() + GRACE_S
+    waiting = ray.get(board.tell_to_end.remote())
+    while waiting and time.monotonic() < end:
+        time.sleep(SAY_EVERY_S)
+        waiting = not ray.get(board.have_left.remote())
+
+
 def _work(settings: dict[str, Any]) -> None:
     """Runs in every worker, at every start and restart: goes on from the newest committed checkpoint."""
     task: Fit = settings["task"]
     work: Dir = settings["work"]
     place: Place = settings["place"]
     context = ray.train.get_context()
-    rank, world = context.get_world_rank(), context.get_world_size()
+    ranks = Ranks(context.get_world_rank(), context.get_world_size())
     torch.set_num_threads(place.cpus)
     device = torch.device("cuda", torch.cuda.current_device()) if place.gpu else torch.device("cpu")
+    # Only the main thread may take signals, and it is Ray's: this one is another.
+    ray.get(ray.get_runtime_context().current_actor.__ray_call__.remote(_heed_sigterm))
 
     model = _model(task, device)
-    optimizer = build_optimizer(model, task.optim, task.precision)
+    shard = place.parallel == "zero1"
+    optimizer = build_optimizer(model, task.optim, task.precision, ranks, shard)
     loader = TokenLoader(
         task.shards,
         task.index,
         batch_tokens=task.batch_tokens,
         seed=task.seed,
-        rank=rank,
-        world=world,
+        rank=ranks.rank,
+        world=ranks.world,
         micro_batch=place.micro_batch,
+        pin=place.gpu is not None,
     )
-    start = checkpoint.newest(work) or 0
-    history: list[dict[str, Any]] = checkpoint.restore(work, start, model, optimizer)["history"] if start else []
-    if world > 1:
-        copy_from_first(list(model.parameters()))  # one seed may draw other bits on another kind of processor
+    start = int(ranks.most(0 if ranks.rank else _resume_point(work)))
+    history: list[Row] = checkpoint.restore(work, start, model, optimizer)["history"] if start else []
+    ranks.copy_from_first(model.parameters())  # one seed may draw other bits on another kind of processor
     plan = TrainPlan(steps=task.steps, batch_tokens=task.batch_tokens, optim=task.optim)
-    saved = said = time.monotonic()
-    for done in train(model, optimizer, loader.step, plan, start=start, reduce=sum_ranks if world > 1 else None):
-        if rank:
-            continue
-        history.append(asdict(done))
-        now = time.monotonic()
-        if now - said > SAY_EVERY_S or done.step == task.steps:
-            said = now
-            settings["board"].put.remote(done)
-        if now - saved > place.checkpoint_s and done.step < task.steps:
-            checkpoint.save(work, done.step, model, optimizer, {"history": history})
-            checkpoint.prune(work, keep=2)
-            saved = time.monotonic()
-    if rank == 0:
-        out: Dir = settings["out"]
-        checkpoint.save_model(out, model)
-        out.put(STEPS, "".join(json.dumps(row) + "\n" for row in history).encode())
+    steps = train(model, optimizer, loader.step, plan, start=start, ranks=ranks if ranks.world > 1 else None)
+    board = settings["board"]
+    if ranks.rank == 0:
+        board.commit.remote(start)
+        if place.profile:
+            out: Dir = settings["out"]
+            steps = traced(steps, place.profile, start, lambda trace: out.put(TRACE, trace))
+        observer = Observer(task.model, task.vocab_size, device, model.dtype, ranks.world)
+        steps = _told(steps, history, board, observer)
+    saver = Saver(
+        work,
+        model,
+        optimizer,
+        rank=ranks.rank,
+        parts=ranks.world if shard else 1,
+        committed=lambda step: board.commit.remote(step),
+    )
+    try:
+        _take(steps, saver, history, ranks, place.checkpoint_s)
+    except ToldToEndError:
+        if ranks.rank == 0:
+            ray.get(board.leave.remote())
+        raise
+    if ranks.rank == 0:
+        _put_result(settings["out"], model, history)
     ray.train.report({})
+
+
+def _take(steps: Iterator[StepDone], saver: Saver, history: list[Row], ranks: Ranks, checkpoint_s: float) -> None:
+    """Takes all steps and saves in between, on all ranks after the same ones.
+
+    ToldToEndError after saving, on all ranks, if one was told to end.
+    """
+    saved = time.monotonic()
+    for done in steps:
+        busy = saver.busy  # on every rank: it raises what went wrong
+        due = ranks.rank == 0 and not busy and time.monotonic() - saved > checkpoint_s
+        wish = ranks.most(LEAVE if told_to_end.is_set() else SAVE if due else GO_ON)
+        if wish == GO_ON or done.step == done.steps:
+            continue
+        saver.save(done.step, {"history": list(history)})
+        saved = time.monotonic()
+        if wish == LEAVE:
+            saver.wait()
+            raise ToldToEndError(
+                f"a worker was told to end; step {done.step} is saved, and the same command goes on from there"
+            )
+    saver.wait()
+
+
+def _heed_sigterm(worker: object) -> None:
+    signal.signal(signal.SIGTERM, lambda number, frame: told_to_end.set())
+
+
+def _resume_point(work: Dir) -> int:
+    """The step to go on from, 0 for the beginning. What no later start may meet is deleted."""
+    start = checkpoint.newest(work) or 0
+    checkpoint.collect(work, start)
+    kept = {name.partition("/")[0] for name in work.list("step-")}
+    for folder in work.store.folders(f"{work.address}/{work.part}"):
+        if folder.startswith("step-") and folder not in kept:
+            work.delete(f"{folder}/{checkpoint.MANIFEST}")  # the folder of a first file that was never finished
+    return start
+
+
+def _told(steps: Iterator[StepDone], history: list[Row], board: Any, observer: Observer) -> Iterator[StepDone]:
+    """The same steps, kept in `history` and said to the driver, which may answer that it is time to end."""
+    said, answer = time.monotonic(), None
+    for done in steps:
+        history.append(observer.row(done))
+        now = time.monotonic()
+        if now - said > SAY_EVERY_S or done.step == done.steps:
+            if answer is not None and ray.get(answer):
+                told_to_end.set()
+            said, answer = now, board.put.remote(history[-1])
+        yield done
+
+
+def _put_result(out: Dir, model: GPT, history: list[Row]) -> None:
+    for name in [*out.list(), checkpoint.MODEL]:  # of a worker that was lost in the middle of this
+        if name != TRACE:
+            out.delete(name)
+    checkpoint.save_model(out, model)
+    out.put(STEPS, "".join(json.dumps(row) + "\n" for row in history).encode())
+    out.put(EVENTS, event_file(history))
 
 
 def _model(task: Fit, device: torch.device) -> GPT:
@@ -180,13 +302,4 @@ def _summary(job: Job, task: Fit) -> dict[str, float]:
     """What the curve of the whole training says, restarts included."""
     with job.out.open(STEPS) as lines:
         rows = [json.loads(line) for line in lines]
-    rates = sorted(row["tokens_per_s"] for row in rows)
-    tail = rows[-max(1, len(rows) // 20) :]
-    return {
-        "train_loss": sum(row["loss"] for row in tail) / len(tail),
-        "tokens_per_s": rates[len(rates) // 2],
-        "train_tokens": rows[-1]["tokens"],
-        "train_steps": rows[-1]["step"],
-        "parameters": parameters(task.model, task.vocab_size),
-        "waste": task.index.waste,
-    }
+    return summary(rows) | {"parameters": parameters(task.model, task.vocab_size), "waste": task.index.waste}

@@ -40,15 +40,16 @@ class Part:
 
 
 def run(spec: Evaluate, job: Job) -> dict[str, float]:
-    """Scores the model on what `data` held out, spread over `place.workers` Ray tasks."""
+    """Scores the model on what `data` held out, spread over `place.most_workers` Ray tasks."""
     place = job.step.place
     task = ray.remote(_part).options(num_cpus=place.cpus, num_gpus=1 if place.gpu else 0)
-    waiting = [task.remote(spec, job.inputs["model"], job.inputs["data"], place, rank) for rank in range(place.workers)]
+    world = place.most_workers
+    waiting = [task.remote(spec, job.inputs["model"], job.inputs["data"], place, rank) for rank in range(world)]
     parts: list[Part] = []
     while waiting:
         ready, waiting = ray.wait(waiting)
         parts += ray.get(ready)
-        job.say(Progress(done=len(parts), total=place.workers, unit="part", numbers={}))
+        job.say(Progress(done=len(parts), total=world, unit="part", numbers={}))
     metrics = {"val_bpb": bits_per_byte(sum(p.nats for p in parts), sum(p.text_bytes for p in parts))}
     plain = sum(p.plain_bytes for p in parts)
     if plain:
@@ -70,18 +71,18 @@ def _part(spec: Evaluate, model_dir: Dir, data: Dir, place: Place, rank: int) ->
     vocabulary = Vocabulary.load(model_dir)
     model = checkpoint.load_model(model_dir, torch.float32, device)
     names = data.list("heldout-")
-    rows = heldout_batches(data, names, model.config.context, place.micro_batch, rank, place.workers)
+    rows = heldout_batches(data, names, model.config.context, place.micro_batch, rank, place.most_workers)
     nats, text_bytes = sum_nats(model, rows)
     documents = list(read_documents(data, names))
     chats = documents[0].mask is not None
-    texts = [] if chats else [vocabulary.decode_bytes(d.tokens[1:]) for d in documents[rank :: place.workers]]
+    texts = [] if chats else [vocabulary.decode_bytes(d.tokens[1:]) for d in documents[rank :: place.most_workers]]
     return Part(
         nats=nats,
         text_bytes=text_bytes,
         gzip_bytes=sum(len(gzip.compress(t, 9)) for t in texts),
         xz_bytes=sum(len(lzma.compress(t, preset=9)) for t in texts),
         plain_bytes=sum(map(len, texts)),
-        answers=_answers(spec, model, vocabulary, documents, (rank, place.workers)) if chats else [],
+        answers=_answers(spec, model, vocabulary, documents, (rank, place.most_workers)) if chats else [],
     )
 
 

@@ -107,7 +107,7 @@ def _on_ray(spec: Tokenize, job: Job, shards: list[Shard]) -> Any:
         partial(one_shard, spec, shards, job.inputs["tokenizer"], job.out),
         batch_size=1,
         num_cpus=place.cpus,
-        compute=ray.data.TaskPoolStrategy(size=place.workers),
+        compute=ray.data.TaskPoolStrategy(size=place.most_workers),
     )
 
 

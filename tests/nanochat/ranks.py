@@ -5,7 +5,7 @@ A module of its own, because spawned processes import it.
 
 import datetime
 import os
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,13 +13,14 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from torch import Tensor
 
 from nanochat.config import OptimConfig
 from nanochat.data import Batch
 from nanochat.model import GPT
 from nanochat.optim import build_optimizer
-from nanochat.parallel import copy_from_first, sum_ranks
-from nanochat.train import TrainPlan, train
+from nanochat.parallel import Ranks
+from nanochat.train import Loader, TrainPlan, train
 from tests.nanochat.sizes import VOCAB, small
 
 CONTEXT = 128
@@ -37,9 +38,12 @@ class Case:
     steps: int = 10
     device: Literal["cpu", "cuda"] = "cpu"  # cuda: one GPU a rank, and NCCL
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 on a CPU goes through nanochat/fast.py
+    optim: Literal["muon", "adamw"] = "muon"
+    shard: bool = False
+    spoiled: tuple[int, float] | None = None  # the last rank's gradient of this step is multiplied by this number
 
 
-def loader(case: Case, rank: int) -> Callable[[int], tuple[list[Batch], int]]:
+def loader(case: Case, rank: int) -> Loader:
     """This rank's contiguous share of random rows, as even as can be; some ranks may get none."""
 
     def step(number: int) -> tuple[list[Batch], int]:
@@ -61,8 +65,20 @@ def loader(case: Case, rank: int) -> Callable[[int], tuple[list[Batch], int]]:
     return step
 
 
+def spoil(model: GPT, step: Loader, at: int, by: float) -> Loader:
+    """A loader in whose step `at` the head's gradient comes out multiplied; autograd's, not FastBackward's."""
+    now = [-1]
+    model.lm_head.weight.register_hook(lambda gradient: gradient * by if now[0] == at else gradient)
+
+    def noted(number: int) -> tuple[list[Batch], int]:
+        now[0] = number
+        return step(number)
+
+    return noted
+
+
 def run(rank: int, cases: list[Case], folder: Path) -> None:
-    """Every case that has a place for this rank; losses and weights go to <folder>/<name>-<rank>.safetensors."""
+    """Every case that has a place for this rank; what it ended with goes to <folder>/<name>-<rank>.safetensors."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     for case in cases:
@@ -84,19 +100,34 @@ def run_case(rank: int, case: Case, folder: Path) -> None:
             world_size=case.world,
             timeout=datetime.timedelta(seconds=60),
         )
-    optim = OptimConfig(matrix_lr=0.01, embed_lr=0.02, warmdown=0.5)
+    ranks = Ranks(rank, case.world)
+    optim = OptimConfig(name=case.optim, matrix_lr=0.01, embed_lr=0.02, warmdown=0.5)
     config = small(2, context=CONTEXT)
     if case.precision == "bf16":
         config = replace(config, head_dim=32, aspect=64)
     model = GPT(config, VOCAB).reset(1 if rank == 0 else 99).to(case.device)
     model.dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
-    if not alone:
-        copy_from_first(list(model.parameters()))
-    optimizer = build_optimizer(model, optim, case.precision)
+    ranks.copy_from_first(model.parameters())
+    optimizer = build_optimizer(model, optim, case.precision, ranks, case.shard)
     plan = TrainPlan(steps=case.steps, batch_tokens=case.rows * CONTEXT, optim=optim)
-    done = list(train(model, optimizer, loader(case, rank), plan, reduce=None if alone else sum_ranks))
+    batches = loader(case, rank)
+    if case.spoiled is not None and rank == case.world - 1:
+        batches = spoil(model, batches, *case.spoiled)
+    done = list(train(model, optimizer, batches, plan, ranks=None if alone else ranks))
+    state = optimizer.state_dict()
     result = {name: weight.detach().cpu() for name, weight in model.named_parameters()}
     result["losses"] = torch.tensor([step.loss for step in done], dtype=torch.float64)
     save_file(result, folder / f"{case.name}-{rank}.safetensors")
+    more = {f"optim/{name}": tensor.cpu().clone() for name, tensor in state.items()}
+    more["kept_bytes"] = torch.tensor(kept_bytes(state.values()))
+    more["skipped"] = torch.tensor([step.skipped for step in done])
+    more["most"] = torch.tensor([ranks.most(float(rank)), ranks.any(rank == 1), ranks.any(False)])
+    save_file(more, folder / f"{case.name}-{rank}-more.safetensors")
     if not alone:
         dist.destroy_process_group()
+
+
+def kept_bytes(tensors: Iterable[Tensor]) -> int:
+    """Memory that tensors hold, counted where it was allocated: a view holds all of what it looks into."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

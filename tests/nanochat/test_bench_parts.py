@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from nanochat.bench.bound import Reader, kv_bytes, step_bytes
-from nanochat.bench.measure import peak_bytes
 from nanochat.bench.setup import Load, RandomWeights, Setup
 from nanochat.bench.texts import text_rows
 from nanochat.bench.theirs import Transformers
@@ -20,6 +19,7 @@ from nanochat.data import heldout_batches
 from nanochat.engine.sampler import SampleParams
 from nanochat.files import Folder
 from nanochat.flops import matrix_parameters
+from nanochat.machine import process_peak_bytes
 from nanochat.model import GPT
 from nanochat.shards import Doc, write_shard
 from nanochat.tokenizer import SPECIAL, SPLIT, Vocabulary
@@ -114,7 +114,7 @@ class Echo:
         raise RuntimeError("no such luck")
 
     def peak(self) -> int:
-        return peak_bytes()
+        return process_peak_bytes()
 
     def end(self) -> None:
         sys.exit(3)
@@ -136,7 +136,7 @@ def test_a_worker_answers_fails_and_ends() -> None:
 def test_a_workers_memory_is_its_own() -> None:
     held = np.ones(1 << 27)  # 1 GiB here
     with Worker(Echo, "ours") as worker:
-        assert worker.ask("peak") < held.nbytes < peak_bytes()
+        assert worker.ask("peak") < held.nbytes < process_peak_bytes()
 
 
 class Busy:

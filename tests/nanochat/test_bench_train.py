@@ -105,6 +105,9 @@ def test_alone_each_step_is_a_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert (row["runs"], row["baseline"], err) == (5, None, "")
     assert row["loss"] < 9.1
     assert row["first_step_s"] > 0
+    assert row["mfu"] == pytest.approx(row["value"] * flops_per_token(CONFIG, VOCABULARY) / row["peak_flops_per_s"])
+    assert sum(row["shares"].values()) == pytest.approx(1)
+    assert row["shares"]["backward"] > row["shares"]["data"] >= 0
 
 
 def test_ours_is_the_loop_that_trains_models() -> None:

@@ -2,17 +2,21 @@
 
 import json
 import pickle
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from nanochat import checkpoint
 from nanochat.attention import Rows
-from nanochat.checkpoint import load_model, newest, prune, restore, save, save_model
+from nanochat.checkpoint import Saver, collect, load_model, newest, prune, restore, save_model
 from nanochat.config import OptimConfig
 from nanochat.data import Batch
-from nanochat.files import Folder
+from nanochat.files import File, Files, Folder
 from nanochat.model import GPT
 from nanochat.optim import Optimizer, build_optimizer
 from nanochat.train import TrainPlan, train
@@ -29,6 +33,13 @@ def batches(number: int) -> tuple[list[Batch], int]:
 def fresh(kv_heads: int | None = 2) -> tuple[GPT, Optimizer]:
     model = GPT(small(kv_heads), VOCAB).reset(4)
     return model, build_optimizer(model, OPTIM, "fp32")
+
+
+def save(files: Files, step: int, model: GPT, optimizer: Optimizer, extra: dict[str, Any]) -> None:
+    """Not beside the training, but at once."""
+    saver = Saver(files, model, optimizer)
+    saver.save(step, extra)
+    saver.wait()
 
 
 @pytest.fixture
@@ -148,13 +159,205 @@ def test_prune_keeps_the_newest_and_nothing_half_written(saved: Folder) -> None:
     assert newest(saved) == 5
 
 
-def test_saving_ends_the_future_of_a_run_that_was_given_up(saved: Folder) -> None:
-    """After going back to 2 for a damaged 4, the new 3 must be what counts, and what prune keeps."""
+def test_a_start_ends_the_future_of_a_run_that_was_given_up(saved: Folder) -> None:
+    """After going back to 2 for a damaged 4, the new 3 must be what counts, and what is kept."""
     damage(saved, "model.safetensors", "truncated")
+    saved.put("step-00000001/state.json", b"half")
+    collect(saved, 2)
+    assert {name.partition("/")[0] for name in saved.list()} == {"step-00000002"}
     save(saved, 3, *fresh(), {})
     assert newest(saved) == 3
-    prune(saved, keep=1)
-    assert newest(saved) == 3
+
+
+def everything(model: GPT, optimizer: Optimizer) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *optimizer.state_dict().items()]
+
+
+class Slow(Folder):
+    """Writes nothing before it is let."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.may = threading.Event()
+
+    def put(self, name: str, data: bytes | Path) -> File:
+        assert self.may.wait(30)
+        return super().put(name, data)
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    """What is written is the state when it was saved, though the weights have moved since."""
+    files, committed = Slow(tmp_path), []
+    model, optimizer = fresh()
+    saver = Saver(files, model, optimizer, committed=committed.append)
+    then: dict[str, torch.Tensor] = {}
+    for done in train(model, optimizer, batches, PLAN):
+        if done.step == 2:
+            saver.save(2, {})
+            then = {
+                name: w.detach().clone() for name, w in [*model.named_parameters(), *optimizer.state_dict().items()]
+            }
+        assert saver.busy == (done.step >= 2)
+    assert newest(files) is None
+    assert not committed
+    files.may.set()
+    saver.wait()
+    assert not saver.busy
+    assert newest(files) == 2
+    assert committed == [2]
+    back, state = fresh()
+    restore(files, 2, back, state)
+    for name, tensor in everything(back, state):
+        assert torch.equal(tensor, then[name]), name
+    assert any(not torch.equal(w, then[name]) for name, w in model.named_parameters())
+
+
+def until_idle(saver: Saver) -> None:
+    while saver.busy:
+        pass
+
+
+def test_what_goes_wrong_while_writing_is_said_at_the_next_look(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    saver = Saver(Folder(tmp_path / "file"), *fresh())
+    saver.save(2, {})
+    with pytest.raises(NotADirectoryError):
+        until_idle(saver)
+    assert not saver.busy
+
+
+class Dead(BaseException):
+    """The process is gone."""
+
+
+class Mortal(Folder):
+    """Of a process that dies after some operations; a write is then half done."""
+
+    def __init__(self, root: Path, operations: int) -> None:
+        super().__init__(root)
+        self.left = operations
+
+    def _live(self) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise Dead
+
+    def put(self, name: str, data: bytes | Path) -> File:
+        if self.left == 0:
+            self.path(name).parent.mkdir(parents=True, exist_ok=True)
+            (self.path(name).parent / ".put-half").write_bytes(b"half")
+        self._live()
+        return super().put(name, data)
+
+    def delete(self, name: str) -> None:
+        self._live()
+        super().delete(name)
+
+
+@pytest.mark.parametrize("operations", range(27))
+def test_a_death_at_any_moment_loses_nothing_that_was_committed(tmp_path: Path, operations: int) -> None:
+    files, committed = Mortal(tmp_path, operations), [0]
+    model, optimizer = fresh()
+    saver = Saver(files, model, optimizer, committed=committed.append)
+    try:
+        for step in (1, 2, 3, 4):
+            saver.save(step, {"at": step})
+            saver.wait()
+    except Dead:
+        pass
+    else:
+        assert operations == 26  # four checkpoints of four files, of which two are deleted again
+    after = Folder(tmp_path)
+    start = newest(after) or 0
+    assert start in (committed[-1], committed[-1] + 1)  # the manifest may be there, and nobody was told yet
+    collect(after, start)
+    kept = [step for step in (start - 1, start) if step > 0]
+    assert {name.partition("/")[0] for name in after.list()} == {f"step-{step:08d}" for step in kept}
+    for step in kept:
+        assert restore(after, step, *fresh()) == {"at": step}
+
+
+class Part:
+    """An optimizer that holds a part of the state."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.state = state
+
+    def state_dict(self) -> Mapping[str, torch.Tensor]:
+        return self.state
+
+
+def split(state: Mapping[str, torch.Tensor], parts: int) -> list[dict[str, torch.Tensor]]:
+    """As ZeRO-1 does: whole tensors in turn, and of one the rows."""
+    rows = "exp_avg.lm_head.weight"
+    pieces: list[dict[str, torch.Tensor]] = [{"steps": state["steps"]} for _ in range(parts)]
+    for number, name in enumerate(sorted(set(state) - {"steps", rows})):
+        pieces[number % parts][name] = state[name]
+    bounds = [len(state[rows]) * part // parts for part in range(parts + 1)]
+    for piece, begin, end in zip(pieces, bounds, bounds[1:], strict=False):
+        piece[f"{rows}@{begin}"] = state[rows][begin:end]
+    return pieces
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> Iterator[Callable[[int], Saver]]:
+    """Savers of three ranks that each hold a part of one training's state."""
+    model, optimizer = fresh()
+    list(train(model, optimizer, batches, PLAN))
+    pieces = split(optimizer.state_dict(), 3)
+    savers: list[Saver] = []
+
+    def make(rank: int) -> Saver:
+        savers.append(Saver(Folder(tmp_path), model, Part(pieces[rank]), rank=rank, parts=3))  # type: ignore[arg-type]
+        return savers[-1]
+
+    yield make
+    for saver in savers:
+        saver.wait()
+
+
+def test_what_three_ranks_wrote_one_reads(tmp_path: Path, three: Callable[[int], Saver]) -> None:
+    files = Folder(tmp_path)
+    savers = [three(rank) for rank in (2, 0, 1)]
+    for saver in savers[:2]:
+        saver.save(6, {"seen": 5})
+    savers[0].wait()
+    assert savers[1].busy  # for the part of rank 1
+    assert newest(files) is None
+    savers[2].save(6, {})
+    for saver in savers:
+        saver.wait()
+    assert newest(files) == 6
+    whole, state = fresh()
+    list(train(whole, state, batches, PLAN))
+    back, read = fresh()
+    assert restore(files, 6, back, read) == {"seen": 5}
+    expected = dict(everything(whole, state))
+    for name, tensor in everything(back, read):
+        assert torch.equal(tensor, expected[name]), name
+    parts = [f"optim-{rank:05d}-of-00003.safetensors" for rank in range(3)]
+    folder = {path.name for path in (tmp_path / "step-00000006").iterdir()}
+    assert folder == {*parts, "model.safetensors", "state.json", "manifest.json"}
+
+
+@pytest.mark.parametrize("how", ["flipped bit", "missing"])
+def test_one_damaged_part_is_a_damaged_checkpoint(tmp_path: Path, three: Callable[[int], Saver], how: str) -> None:
+    for saver in (savers := [three(rank) for rank in range(3)]):
+        saver.save(4, {})
+    for saver in savers:
+        saver.wait()
+    damage(Folder(tmp_path), "optim-00001-of-00003.safetensors", how)
+    with pytest.warns(RuntimeWarning, match="step-00000004/optim-00001-of-00003"):
+        assert newest(Folder(tmp_path)) is None
+
+
+def test_a_rank_that_writes_nothing_is_named(three: Callable[[int], Saver], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "PATIENCE_S", 0.2)
+    first, last = three(0), three(2)
+    first.save(6, {})
+    last.save(6, {})
+    with pytest.raises(TimeoutError, match="rank 1 has not written its part of step-00000006/ within"):
+        first.wait()
 
 
 @pytest.mark.parametrize("kv_heads", [None, 2, 1])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanochat.checkpoint import restore, save
+from nanochat.checkpoint import Saver, restore
 from nanochat.config import ModelConfig, OptimConfig
 from nanochat.data import Batch
 from nanochat.fast import FastBackward
@@ -143,6 +143,34 @@ def test_the_loops_have_the_same_bits_with_any_number_of_threads() -> None:
     assert torch.equal(found[0][1], found[1][1])
 
 
+@pytest.mark.parametrize("path", ["best", "autograd"])
+def test_each_weight_is_final_once_and_then_its_gradient_is(path: str) -> None:
+    model = model_of(sized(2))
+    flat = flat_gradient(model)
+    add, names = backward_of(model, path), {weight: name for name, weight in model.named_parameters()}  # type: ignore[arg-type]
+    (one, count), (two, _) = batch_of(3, 128, seed=1), batch_of(2, 128, seed=2)
+    final: dict[str, Tensor] = {}
+
+    def note(weight: torch.nn.Parameter) -> None:
+        assert weight.grad is not None
+        assert names[weight] not in final
+        final[names[weight]] = weight.grad.clone()
+
+    add(one, count)
+    assert not final
+    add(two, count, note)
+    assert len(final) == len(names)
+    assert next(iter(final)) == "lm_head.weight"
+    assert next(reversed(final)) == "model.embed_tokens.weight"
+    layers = [name.split(".")[2] for name in final if ".layers." in name]
+    assert layers == sorted(layers, reverse=True)
+    assert all(torch.equal(final[name], model.get_parameter(name).grad) for name in final)  # type: ignore[arg-type]
+    note_again = final.copy()
+    flat.zero_()
+    add(one, count)
+    assert final == note_again  # nobody is told who did not ask
+
+
 def loader(number: int) -> tuple[list[Batch], int]:
     pairs = [batch_of(rows, 128, seed=10 * number + rows) for rows in (2, 1)]
     return [batch for batch, _ in pairs], sum(count for _, count in pairs)
@@ -165,11 +193,12 @@ def test_a_resumed_run_ends_with_the_bits_of_an_unbroken_one(tmp_path: Path) -> 
     files, plan = Folder(tmp_path), TrainPlan(steps=6, batch_tokens=3 * 128, optim=OPTIM)
     whole = model_of(sized(2))
     optimizer = build_optimizer(whole, OPTIM, "bf16")
-    losses = []
+    losses, saver = [], Saver(files, whole, optimizer)
     for done in train(whole, optimizer, loader, plan):
         losses.append(done.loss)
         if done.step == 3:
-            save(files, 3, whole, optimizer, {})
+            saver.save(3, {})
+    saver.wait()
     resumed = GPT(sized(2), VOCAB, BF16)
     optimizer = build_optimizer(resumed, OPTIM, "bf16")
     restore(files, 3, resumed, optimizer)

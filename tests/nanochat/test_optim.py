@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from nanochat.config import OptimConfig
-from nanochat.model import GPT
-from nanochat.optim import OPTIMIZERS, build_optimizer, orthogonal
-from tests.nanochat.sizes import filled, small
+from nanochat.model import GPT, weight_shapes
+from nanochat.optim import OPTIMIZERS, build_optimizer, merged, orthogonal, share, state_bytes
+from nanochat.parallel import Ranks
+from tests.nanochat.ranks import kept_bytes
+from tests.nanochat.sizes import VOCAB, filled, small
 from tests.reference.optim import SlowMuon
 
 FACTOR = (32 / 768) ** -0.5  # of embed_lr and head_lr at width 32
@@ -176,3 +178,69 @@ def test_muon_on_a_zero_gradient_does_not_move() -> None:
     update = orthogonal(torch.zeros(1, 8, 8))
     assert not update.any()
     assert math.isfinite(float(update.sum()))
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 64])  # with 64 some have no matrix and no row of some weights
+def test_a_whole_state_goes_into_any_number_of_parts_and_back(name: str, world: int) -> None:
+    config, model = OptimConfig(name=name), filled(small(2))  # type: ignore[arg-type]
+    draw = torch.Generator().manual_seed(1)
+    empty = build_optimizer(model, config, "fp32").state_dict()
+    whole = {key: torch.rand(tensor.shape, generator=draw).to(tensor.dtype) for key, tensor in empty.items()}
+    parts = []
+    for rank in range(world):
+        optimizer = build_optimizer(model, config, "fp32", Ranks(rank, world), shard=True)
+        optimizer.load_state_dict(whole)
+        parts.append(optimizer.state_dict())
+    again = merged(reversed(parts))
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[key], whole[key]) for key in whole)
+    assert sum(tensor.numel() for part in parts for tensor in part.values() if tensor.dim()) == sum(
+        tensor.numel() for tensor in whole.values() if tensor.dim()
+    )  # nothing is kept twice
+
+
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_what_state_takes_is_known_beforehand(name: str) -> None:
+    sizes, config = small(2, depth=3), OptimConfig(name=name)  # type: ignore[arg-type]
+    shapes = weight_shapes(sizes, VOCAB)
+    numbers = {key: rows * columns for key, (rows, columns) in shapes.items()}
+    inside = sum(size for key, size in numbers.items() if ".layers." in key)
+    ends = sum(numbers.values()) - inside
+    counts = 8 + 4 * (2 if name == "muon" else len(shapes))
+    expected = counts + 8 * ends + (4 if name == "muon" else 8) * inside
+    assert state_bytes(shapes, name) == expected
+    for world in (1, 2, 4, 7):
+        kept = []
+        for rank in range(world):
+            optimizer = build_optimizer(filled(sizes), config, "fp32", Ranks(rank, world), shard=True)
+            kept.append(kept_bytes(optimizer.state_dict().values()))
+            assert kept[-1] == state_bytes(shapes, name, rank, world)
+        assert sum(kept) - world * counts == expected - counts
+    assert build_optimizer(filled(sizes), config, "fp32", Ranks(1, 3)).state_dict().keys() == (
+        build_optimizer(filled(sizes), config, "fp32").state_dict().keys()
+    )  # nothing is sharded unasked
+
+
+def test_shares_are_even_and_go_round() -> None:
+    for count in (0, 1, 5, 24):
+        for world in (1, 2, 3, 8):
+            for turn in range(3):
+                shares = [share(count, rank, world, turn) for rank in range(world)]
+                assert sorted(n for own in shares for n in own) == list(range(count))
+                assert max(map(len, shares)) - min(map(len, shares)) <= 1
+    assert [len(share(4, 2, 3, turn)) for turn in range(3)] == [2, 1, 1]
+
+
+def test_parts_that_are_no_whole_are_refused() -> None:
+    model = filled(small())
+    optimizers = [build_optimizer(model, OptimConfig(), "fp32", Ranks(rank, 3), shard=True) for rank in range(3)]
+    parts = [optimizer.state_dict() for optimizer in optimizers]
+    with pytest.raises(ValueError, match=r"of exp_avg\.model\.embed_tokens\.weight the rows 20 to 39 are missing"):
+        merged([parts[0], parts[2]])
+    with pytest.raises(ValueError, match=r"of exp_avg\.lm_head\.weight the rows 0 to 19 are missing"):
+        merged(parts[:2])
+    with pytest.raises(ValueError, match=r"exp_avg\.lm_head\.weight@0 is unknown here"):
+        optimizers[0].load_state_dict(parts[2])
+    with pytest.raises(ValueError, match="two parts of a state differ in steps"):
+        merged([parts[0], {**parts[1], "steps": torch.tensor(3)}])
