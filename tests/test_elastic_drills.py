@@ -68,7 +68,7 @@ def assert_clean(base: Base) -> None:
     assert len(steps) <= 2
     assert len(list(base.folder.glob("data-*"))) == 1
     expected = (
-        r"manifest\.json|work/\.lease-\d+\.json|(data|sums)-\w+/[\w.]+|"
+        r"manifest\.json|work/\.lease-\d+\.json|(data|sums)-\w+/(tensorboard/)?[\w.]+|"
         r"work/step-\d+/(manifest\.json|state\.json|model\.safetensors|optim(-\d+-of-\d+)?\.safetensors)"
     )
     assert [name for name in files if not re.fullmatch(expected, name)] == []
