@@ -1,7 +1,6 @@
 """C++ that is compiled on the machine it runs on, and kept in the user's own folder.
 
-Compiling takes seconds, once for each machine and version of the sources. Loops over OpenMP's threads run on those of
-torch: a second pool of threads beside them would fight for the cores.
+Compiling takes seconds, once for each machine and version of the sources.
 """
 
 import ctypes
@@ -15,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-COMPILERS = ("g++", "c++")  # clang++ calls another OpenMP than the one that torch brings
+COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-ffp-contract=off", "-fno-math-errno")
 DIGEST = 64  # characters at a library's end: SHA-256 of what is before them
 
@@ -37,10 +36,12 @@ class Build:
     flags: tuple[str, ...] = FLAGS
 
 
-def load(source: Path, headers: Sequence[Path], build: Build) -> ctypes.CDLL:
+def load(source: Path, headers: Sequence[Path], build: Build, *, openmp: bool = False) -> ctypes.CDLL:
     """The library made of `source`: from the folder if it lies there whole, else built and put there.
 
-    headers: whatever else the result depends on.  Raises NoCompilerError.
+    headers: whatever else the result depends on.  openmp: its loops run on the threads of torch; a second pool of
+    threads beside them would fight for the cores. Needs g++: clang++ calls another OpenMP than the one that torch
+    brings.  Raises NoCompilerError.
     """
     folder = _own_folder(build.folder.expanduser())
     compiler = next((found for name in build.compilers if (found := shutil.which(name))), None)
@@ -48,10 +49,13 @@ def load(source: Path, headers: Sequence[Path], build: Build) -> ctypes.CDLL:
         raise NoCompilerError(
             f"no C++ compiler: none of {', '.join(build.compilers)} is on the PATH; install one (apt install g++)"
         )
-    _share_openmp()
-    path = folder / f"{_key(compiler, build.flags, [source, *headers])}.so"
+    flags = build.flags
+    if openmp:
+        _share_openmp()
+        flags = (*flags, "-fopenmp")
+    path = folder / f"{_key(compiler, flags, [source, *headers])}.so"
     if not _whole(path):
-        _compile(compiler, build.flags, source, path)
+        _compile(compiler, flags, source, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -114,9 +118,9 @@ def _compile(compiler: str, flags: tuple[str, ...], source: Path, path: Path) ->
     """Builds beside `path` and moves it there whole: two processes that do so at once do not disturb each other."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         part, built = Path(folder) / "part.o", Path(folder) / "library.so"
-        # In two commands: with -fopenmp, linking would add the compiler's own OpenMP.
-        _run([compiler, *flags, "-fopenmp", "-Wno-psabi", "-c", str(source), "-o", str(part)], part)
-        _run([compiler, *flags, str(part), "-o", str(built)], built)
+        _run([compiler, *flags, "-Wno-psabi", "-c", str(source), "-o", str(part)], part)
+        # With -fopenmp, linking would add the compiler's own OpenMP.
+        _run([compiler, *(flag for flag in flags if flag != "-fopenmp"), str(part), "-o", str(built)], built)
         data = built.read_bytes()
         built.write_bytes(data + hashlib.sha256(data).hexdigest().encode())
         built.replace(path)
@@ -126,6 +130,6 @@ def _run(command: list[str], makes: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode or not makes.exists():
         raise NoCompilerError(
-            f"`{' '.join(command)}` ended with {done.returncode}; g++ 11 or newer is needed, for C++20. "
-            f"It said: {done.stderr.strip()[-2000:]}"
+            f"`{' '.join(command)}` ended with {done.returncode}; a compiler for C++20 is needed "
+            f"(g++ 11 or clang++ 14 or newer). It said: {done.stderr.strip()[-2000:]}"
         )

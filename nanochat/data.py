@@ -79,7 +79,7 @@ class Batch:
 
     tokens: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64, -1 where nothing counts
-    segments: Tensor | None = None  # (B, T) int32 for chats: positions see those of their own number; 0 is padding
+    segments: Tensor | None = None  # (B, T) int32: positions see those of their own number; 0 is padding
 
     def to(self, device: torch.device) -> "Batch":
         """The same on a device; if it is pinned, the copy is only queued, and nothing waits for it."""
@@ -125,6 +125,7 @@ class TokenLoader:
         rank: int = 0,
         world: int = 1,
         micro_batch: int = 8,
+        mask_documents: bool = False,  # texts too, as chats always, see nothing of the others in their row
         pin: bool = False,  # for a GPU: batches lie where it can copy them while it computes
     ) -> None:
         if batch_tokens < index.context or batch_tokens % index.context:
@@ -140,6 +141,7 @@ class TokenLoader:
         self._seed = seed
         self._share = slice(self.rows * rank // world, self.rows * (rank + 1) // world)
         self._micro_batch, self._pin = micro_batch, pin
+        self._apart = mask_documents or index.chat
         self._window = lru_cache(maxsize=KEPT)(self._read)
         self._epoch = lru_cache(maxsize=2)(self._draw_epoch)
         self._group = lru_cache(maxsize=2)(self._draw_group)
@@ -161,7 +163,7 @@ class TokenLoader:
         count = sum(window.count(row) for window, row in rows)
         mine = rows[self._share]
         size = self._micro_batch
-        batches = [_batch(mine[at : at + size]) for at in range(0, len(mine), size)]
+        batches = [_batch(mine[at : at + size], self._apart) for at in range(0, len(mine), size)]
         return [batch.pinned() for batch in batches] if self._pin else batches, count
 
     def _rows_of(self, number: int) -> list[tuple["Rows", int]]:
@@ -267,19 +269,19 @@ def heldout_batches(
             rows = Rows(window, context, chat=window.mask is not None)
             for at in range(0, rows.packing.rows, rows_per_batch):
                 if number % world == rank:
-                    batch = _batch([(rows, r) for r in range(at, min(at + rows_per_batch, rows.packing.rows))])
+                    some = range(at, min(at + rows_per_batch, rows.packing.rows))
+                    batch = _batch([(rows, row) for row in some], rows.chat)
                     yield batch, torch.from_numpy(token_bytes[batch.targets.numpy()])
                 number += 1
 
 
-def _batch(rows: Sequence[tuple[Rows, int]]) -> Batch:
+def _batch(rows: Sequence[tuple[Rows, int]], apart: bool) -> Batch:
     shape = len(rows), rows[0][0].context
     tokens, targets = np.empty(shape, dtype=np.int64), np.empty(shape, dtype=np.int64)
     segments = np.empty(shape, dtype=np.int32)
     for number, (window, row) in enumerate(rows):
         window.fill(row, tokens[number], targets[number], segments[number])
-    chat = rows[0][0].chat
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(segments) if chat else None)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), torch.from_numpy(segments) if apart else None)
 
 
 def _permutation(size: int, key: tuple[int, int], counter: tuple[int, int]) -> np.ndarray:

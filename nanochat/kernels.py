@@ -14,7 +14,7 @@ from nanochat.cpp import Build, load
 SOURCE = Path(__file__).parent / "native" / "train.cpp"
 HEADERS = (Path(__file__).parent / "engine" / "native" / "simd.h",)
 LANES = 16  # numbers that the code takes at a time
-DEFAULT = Build()
+DEFAULT = Build(compilers=("g++", "c++"))
 
 Number = int | float
 Argument = Tensor | Number | None
@@ -25,7 +25,7 @@ class Kernels:
 
     def __init__(self, threads: int, build: Build = DEFAULT) -> None:
         self.threads = threads
-        self._library = load(SOURCE, HEADERS, build)
+        self._library = load(SOURCE, HEADERS, build, openmp=True)
 
     def __call__(self, name: str, *arguments: Argument, sizes: tuple[int, ...] | None = None) -> None:
         """Call nanochat_<name>. The threads come last: in the array of the sizes, where it takes one."""

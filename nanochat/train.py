@@ -71,6 +71,7 @@ class StepDone:
     tokens_per_s: float
     seconds: float  # that the step took
     parts: dict[str, float]  # seconds by part, see nanochat/clock.py
+    skew_s: float  # by which the slowest rank's own work took longer than the fastest's, in the step before
     skipped: int  # steps so far in which no weight has moved
 
 
@@ -88,6 +89,7 @@ def train(
     exchange = Exchange(gradient, list(model.parameters()), ranks)
     add_gradient = backward_of(model, plan.path, clock.mark)
     skipped = max(0, start - optimizer.steps)  # before a restart
+    own_s = 0.0  # of the newest step, what this rank did not wait for others
     for step in range(start, plan.steps):
         began = time.perf_counter()
         clock.begin()
@@ -95,13 +97,16 @@ def train(
         if count == 0:
             raise ValueError(f"step {step + 1}: no target of batch {step} counts, so it has no loss")
         clock.mark("data")
-        nats = torch.zeros((), dtype=torch.float64, device=gradient.device)
+        told = torch.zeros(1 + ranks.world, dtype=torch.float64, device=gradient.device)  # nats; each rank's own_s
+        told[1 + ranks.rank] = own_s
         for number, batch in enumerate(batches, 1):
             last = number == len(batches)  # before it every sum would have to be exchanged again
-            nats += add_gradient(batch, count, exchange.final if last and ranks.world > 1 else None)
-        exchange.finish(nats)
+            told[0] += add_gradient(batch, count, exchange.final if last and ranks.world > 1 else None)
+        exchange.finish(told)
         clock.mark("exchange")
-        loss, grad_norm = clip(gradient, nats / count, plan.optim.clip)
+        norm = clip(gradient, plan.optim.clip)
+        nats, *works_s, grad_norm = torch.cat((told, norm.double().view(1))).tolist()  # one wait for the device
+        loss = nats / count
         scale = rate(step, plan.steps, plan.optim)
         if math.isfinite(loss) and math.isfinite(grad_norm):  # of sums over all ranks, so all decide the same
             move(optimizer, scale, clock)
@@ -111,6 +116,8 @@ def train(
         gradient.zero_()
         clock.mark("optimizer")
         seconds = time.perf_counter() - began
+        parts = clock.end()
+        own_s = sum(time_s for part, time_s in parts.items() if part != "exchange")
         yield StepDone(
             step=step + 1,
             steps=plan.steps,
@@ -120,7 +127,8 @@ def train(
             tokens=(step + 1) * plan.batch_tokens,
             tokens_per_s=plan.batch_tokens / seconds,
             seconds=seconds,
-            parts=clock.end(),
+            parts=parts,
+            skew_s=max(works_s) - min(works_s),
             skipped=skipped,
         )
 
@@ -239,9 +247,8 @@ def flat_gradient(model: GPT) -> Tensor:
     return flat
 
 
-def clip(gradient: Tensor, loss: Tensor, largest: float) -> tuple[float, float]:
-    """Scale the gradient so that its norm is at most `largest`; returns the loss and the norm it had."""
-    norm = torch.linalg.vector_norm(gradient)
+def clip(gradient: Tensor, largest: float) -> Tensor:
+    """Scale the gradient so that its norm is at most `largest`; returns the norm it had, a scalar."""
+    norm: Tensor = torch.linalg.vector_norm(gradient)
     gradient *= (largest / norm).clamp(max=1.0)
-    both: list[float] = torch.stack((loss, norm.double())).tolist()  # one wait for the device
-    return both[0], both[1]
+    return norm

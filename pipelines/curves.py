@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from nanochat.config import ModelConfig
+from nanochat.files import Files
 from nanochat.flops import flops_per_token
 from nanochat.machine import peak_bytes, peak_flops_per_s
 from nanochat.train import StepDone
@@ -83,7 +84,7 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
         raise FloatingPointError(f"no weight moved: of none of the {len(rows)} steps loss and gradient were finite")
     tail = moved[-max(1, len(rows) // 20) :]
     parts = {part: sum(row["parts"].get(part, 0.0) for row in rows) for part in SHARES.values()}
-    found = {
+    return {
         "train_loss": statistics.fmean(row["loss"] for row in tail),
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows),
         "train_tokens": rows[-1]["tokens"],
@@ -93,13 +94,11 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
         "peak_flops_per_s": rows[-1]["peak_flops_per_s"],
         "peak_bytes": max(row["peak_bytes"] for row in rows),
         "busy_cores": statistics.median(row["busy_cores"] for row in rows),
+        "rank_skew_s": statistics.median(row["skew_s"] for row in rows),
         "grad_norm": statistics.median(row["grad_norm"] for row in moved),
         "skipped_steps": rows[-1]["skipped"],
         **shares({"parts": parts}),
     }
-    if "skew_s" in rows[-1]:
-        found["rank_skew_s"] = statistics.median(row["skew_s"] for row in rows)
-    return found
 
 
 def event_file(rows: Sequence[Row]) -> bytes:
@@ -118,6 +117,29 @@ def event_file(rows: Sequence[Row]) -> bytes:
             file.write(event.SerializeToString())
         file.close()
         return path.read_bytes()
+
+
+class LiveCurves:
+    """What TensorBoard can show of a training that runs: in its work, a file of the steps of each checkpoint."""
+
+    def __init__(self, work: Files, history: Sequence[Row]) -> None:
+        """history: of all steps, to which others append; what it holds now is what a restart goes on from."""
+        self._work, self._history, self._drawn = work, history, len(history)
+        self._delete_after(self._drawn)
+
+    def draw(self, step: int) -> None:
+        """Writes the steps up to this one that no file has yet."""
+        self._work.put(f"{EVENTS}.{step:08d}", event_file(self._history[self._drawn : step]))
+        self._drawn = step
+
+    def end(self) -> None:
+        """Deletes the files: the artifact has one of all steps."""
+        self._delete_after(0)
+
+    def _delete_after(self, step: int) -> None:
+        for name in self._work.list(EVENTS):
+            if int(name.rpartition(".")[2]) > step:
+                self._work.delete(name)
 
 
 def traced(
@@ -156,7 +178,7 @@ def _chrome_trace(profiler: torch.profiler.profile) -> bytes:
 
 def _scalars(row: Row) -> dict[str, float]:
     """By TensorBoard's tag: what stands before the slash is a group of curves."""
-    found = {
+    return {
         "train/loss": row["loss"],
         "train/grad_norm": row["grad_norm"],
         "train/rate": row["rate"],
@@ -167,6 +189,6 @@ def _scalars(row: Row) -> dict[str, float]:
         "speed/mfu": row["mfu"],
         "speed/busy_cores": row["busy_cores"],
         "speed/peak_bytes": row["peak_bytes"],
+        "speed/skew_s": row["skew_s"],
         **{f"step/{name}": share for name, share in shares(row).items()},
     }
-    return found | ({"speed/skew_s": row["skew_s"]} if "skew_s" in row else {})

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from pipelines.artifacts import Manifest
 from pipelines.look import Live, Seen
-from pipelines.metrics import METRICS
+from pipelines.metrics import METRICS, UNITS
 from pipelines.room import Need
 from pipelines.runner import Event
 from pipelines.runner import Progress as Done
@@ -203,13 +203,17 @@ def _sentence(event: Event) -> str:
 
 def _metrics(manifest: Manifest) -> str:
     shown = {name: value for name, value in manifest.metrics.items() if name not in DETAILS}
-    return "".join(f", {name} {number(value)}" for name, value in shown.items())
+    return "".join(f", {name} {_value(name, value)}" for name, value in shown.items())
 
 
 def _counted(done: Done) -> str:
     of = f" of {done.total:,}" if done.total is not None else ""
-    numbers = "".join(f", {name} {number(done.numbers[name])}" for name in NUMBERS if name in done.numbers)
+    numbers = "".join(f", {name} {_value(name, done.numbers[name])}" for name in NUMBERS if name in done.numbers)
     return f"{done.unit} {done.done:,}{of}{numbers}"
+
+
+def _value(name: str, value: float) -> str:
+    return f"{100 * value:.3g}%" if UNITS.get(name) == "share" else number(value)
 
 
 def _eta(done: Done, first: tuple[int, float], now: float) -> str:

@@ -106,6 +106,7 @@ class Pretrain(StageSpec):
     makes: ClassVar[Kind] = "checkpoint"
     version: ClassVar[int] = 1
     draws: ClassVar[bool] = True
+    later: ClassVar[dict[str, object]] = {"mask_documents": False}
 
     kind: Literal["pretrain"]
     data: TextShards
@@ -114,6 +115,7 @@ class Pretrain(StageSpec):
     tokens: PositiveInt
     batch_tokens: PositiveInt = 524_288
     precision: Literal["bf16", "fp32"] = "bf16"
+    mask_documents: bool = False  # a token sees its own document only, not the others that share its row
 
     @model_validator(mode="after")
     def _whole_rows(self) -> "Pretrain":
@@ -188,6 +190,14 @@ def _some_workers(workers: int | tuple[int, int]) -> int | tuple[int, int]:
     return workers
 
 
+class Nccl(Spec):
+    """How GPUs exchange gradients, where NCCL's own choice is not wanted."""
+
+    algorithm: Literal["ring", "tree", "nvls"] | None = None  # of a sum; NCCL chooses by size and links, as a rule well
+    interface: str | None = Field(None, min_length=1)  # networks between machines: eth0, eth for all that begin so, or
+    # ^lo,docker for all but those; NCCL's own choice is right where there is one
+
+
 class Place(Spec):
     """Where one stage runs: `workers` Ray actors, each with `cpus` and at most one GPU."""
 
@@ -199,7 +209,7 @@ class Place(Spec):
     retries: int = Field(0, ge=0)  # worker failures to survive before the stage fails
     checkpoint_s: PositiveFloat = 60  # seconds between two checkpoints of a training stage
     parallel: Literal["ddp", "zero1"] = "ddp"  # of training: zero1 also splits the optimizer's state over the workers
-
+    nccl: Nccl | None = None  # of training on GPUs
     profile: tuple[PositiveInt, PositiveInt] | None = None  # first and last step of training to trace, by rank 0
 
     @property
@@ -214,6 +224,8 @@ class Place(Spec):
                 "workers may shrink, but retries is 0, so that the first lost worker would end the stage; "
                 "give `retries` the number of losses to survive"
             )
+        if self.nccl is not None and self.gpu is None:
+            raise ValueError("nccl is how GPUs exchange gradients, but there is no `gpu` here; leave it out")
         return self
 
 

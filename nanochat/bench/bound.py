@@ -9,7 +9,8 @@ import torch
 
 from nanochat.bench.setup import Setup
 from nanochat.config import ModelConfig
-from nanochat.engine.native import NoCompilerError, read_bandwidth
+from nanochat.cpp import NoCompilerError
+from nanochat.engine.native import read_bandwidth
 from nanochat.engine.runner import BLOCK, Precision
 
 TRIES = 5

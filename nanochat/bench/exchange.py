@@ -67,7 +67,7 @@ class Steps:
         else:
             self._exchange.finish(nats)
         self._clock.mark("exchange")
-        clip(self._gradient, nats, 1.0)
+        clip(self._gradient, 1.0)
         move(self._optimizer, 0.1, self._clock)
         self._gradient.zero_()
         self._clock.mark("optimizer")

@@ -1,21 +1,14 @@
 """The CPU's own runner: the whole forward pass in one call of C++ that is compiled on the machine it runs on.
 
-Compiling takes seconds, once for each machine and version of the sources; the library is kept in the user's own folder.
 A row's logits have the same bits whatever else is in the batch and however many threads there are. Knows no requests.
 """
 
 # T tokens, N sequences, R wanted rows, V vocabulary
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import tempfile
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,38 +16,19 @@ import torch
 from torch import Tensor
 
 from nanochat.config import ModelConfig
+from nanochat.cpp import FLAGS, Build, load
 from nanochat.engine.quantize import quantize
 from nanochat.engine.runner import BLOCK, Batch, Precision
 from nanochat.model import rotary_table, weight_shapes
 
 SOURCES = Path(__file__).parent / "native"
-COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-pthread", "-ffp-contract=off", "-fno-math-errno")
 BITS: dict[Precision, int] = {"fp32": 32, "bf16": 16, "int8": 8}
 PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.fc1", "mlp.fc2")
 HEAD, EMBEDDING = 6, 7  # parts after those of a layer
 FAULTS = {1: "tokens", 2: "counts", 3: "past", 4: "tables", 5: "wanted"}
-DIGEST = 64  # characters at a library's end: SHA-256 of what is before them
 
 
-class NoCompilerError(RuntimeError):
-    """The kernel cannot be built or kept on this machine; the message says why and what helps."""
-
-
-@dataclass(frozen=True, slots=True)
-class Build:
-    """Where the compiled kernel is kept, and how it is compiled.
-
-    folder: made if missing; must be the user's own and closed to others, since what lies there is run.
-    compilers: names or paths, the first that exists is taken.
-    """
-
-    folder: Path = Path("~/.cache/nanochat/native")
-    compilers: tuple[str, ...] = COMPILERS
-    flags: tuple[str, ...] = FLAGS
-
-
-DEFAULT = Build()
+DEFAULT = Build(flags=(*FLAGS, "-pthread"))
 
 
 class NativeRunner:
@@ -158,24 +132,10 @@ def read_bandwidth(threads: int, size: int = 1 << 30, build: Build = DEFAULT) ->
 
 
 def library(build: Build = DEFAULT, precision: Precision = "bf16") -> ctypes.CDLL:
-    """The kernel for a precision: from the folder if it lies there whole, else built and put there.
-
-    Raises NoCompilerError.
-    """
-    folder = _own_folder(build.folder.expanduser())
-    compiler = next((found for name in build.compilers if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise NoCompilerError(
-            f"no C++ compiler: none of {', '.join(build.compilers)} is on the PATH; install one (apt install g++)"
-        )
+    """The kernel for a precision. Raises NoCompilerError."""
+    headers = sorted(SOURCES.glob("*.h"))
     flags = (*build.flags, f"-DNANOCHAT_PRECISION={precision.capitalize()}")
-    path = folder / f"{_key(compiler, flags)}.so"
-    if not _whole(path):
-        _compile(compiler, flags, path)
-    try:
-        loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise NoCompilerError(f"the kernel compiled by {compiler} cannot be loaded: {error}") from error
+    loaded = load(SOURCES / "step.cpp", headers, replace(build, flags=flags))
     pointer, integer = ctypes.c_void_p, ctypes.c_int
     loaded.nanochat_make.restype, loaded.nanochat_make.argtypes = pointer, [pointer] * 3
     loaded.nanochat_drop.restype, loaded.nanochat_drop.argtypes = None, [pointer]
@@ -186,62 +146,3 @@ def library(build: Build = DEFAULT, precision: Precision = "bf16") -> ctypes.CDL
     loaded.nanochat_read_bandwidth.restype = ctypes.c_double
     loaded.nanochat_read_bandwidth.argtypes = [integer, ctypes.c_int64]
     return loaded
-
-
-def _own_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        state = folder.stat()
-    except OSError as error:
-        raise NoCompilerError(f"the kernel's folder {folder} cannot be made: {error}; name another") from error
-    if state.st_uid != os.getuid() or state.st_mode & 0o077:
-        raise NoCompilerError(
-            f"the kernel's folder {folder} is open to others or belongs to user {state.st_uid}; what lies there is "
-            f"run, so make it yours alone (chmod 700) or name another"
-        )
-    return folder
-
-
-def _key(compiler: str, flags: tuple[str, ...]) -> str:
-    """Names everything that the compiled code depends on."""
-    digest = hashlib.sha256()
-    for source in sorted(SOURCES.iterdir()):
-        if source.suffix in (".h", ".cpp"):
-            digest.update(f"{source.name} {source.stat().st_size}\n".encode() + source.read_bytes())
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
-    digest.update("\n".join((compiler, version, *flags, platform.machine(), _processor())).encode())
-    return digest.hexdigest()[:32]
-
-
-def _processor() -> str:
-    """Model and abilities, since the code is compiled for just this processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor()
-    return "\n".join(line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part")))
-
-
-def _whole(path: Path) -> bool:
-    """Whether the library is as it was written: a damaged one would end the process when it is loaded or run."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return False
-    return data[-DIGEST:] == hashlib.sha256(data[:-DIGEST]).hexdigest().encode()
-
-
-def _compile(compiler: str, flags: tuple[str, ...], path: Path) -> None:
-    """Builds beside `path` and moves it there whole: two processes that do so at once do not disturb each other."""
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        built = Path(folder) / "step.so"
-        command = [compiler, *flags, "-Wno-psabi", str(SOURCES / "step.cpp"), "-o", str(built)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode or not built.exists():
-            raise NoCompilerError(
-                f"`{' '.join(command)}` ended with {done.returncode}; a compiler for C++20 is needed "
-                f"(g++ 11 or clang++ 14 or newer). It said: {done.stderr.strip()[-2000:]}"
-            )
-        data = built.read_bytes()
-        built.write_bytes(data + hashlib.sha256(data).hexdigest().encode())
-        built.replace(path)

@@ -109,7 +109,8 @@ def make_runner(  # noqa: PLR0913 (each says what is served, or on what)
         return CudaRunner(config, vocab_size, fitting, precision=precision, blocks=blocks, device=device)
     threads = threads or torch.get_num_threads()
     if native:
-        from nanochat.engine.native import NativeRunner, NoCompilerError
+        from nanochat.cpp import NoCompilerError
+        from nanochat.engine.native import NativeRunner
 
         try:
             return NativeRunner(config, vocab_size, fitting, precision=precision, blocks=blocks, threads=threads)

@@ -6,7 +6,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from pipelines.bench.ranks import Hello, RankSetup, Took
 
 START_S = 180  # ranks that take longer are not coming
 END_S = 60
+LAST_WORDS_S = 10
 LOOK_S = 0.5  # at whether those that are waited for are still alive
 
 
@@ -94,7 +95,10 @@ def torchrun(world: int, setup: RankSetup, folder: Path) -> Iterator[tuple[Group
         try:
             group.meet(server, setup, lambda: process.poll() is None)
             yield group, {process.pid, *descendants(process.pid)}
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, RuntimeError):  # a rank has ended, and says why
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(LAST_WORDS_S)
             process.terminate()  # and it ends its ranks
             raise
         finally:

@@ -160,7 +160,7 @@ def served(own: Own, address: str | None) -> Iterator[str]:
 
     cpus = 2 * own.capacity.replicas[1] * own.capacity.cpus + 1
     with contextlib.ExitStack() as stack:
-        stack.enter_context(ray_running(address, cpus, dashboard=False))
+        stack.enter_context(ray_running(address, cpus))
         url = stack.enter_context(deployed(own.bundle, own.capacity))
         try:
             yield url

@@ -37,7 +37,7 @@ from pipelines.ray_local import ray_running
 from pipelines.stages._fit import SAY_EVERY_S, Board
 
 STARTS = 3  # of Ray's workers, one after the other
-SETTLE_S = 0.5  # for what Ray has to catch up on after it was stopped
+SETTLE_S = 3.0  # for what Ray has to catch up on after it was stopped
 LEAST_CORES = 0.001  # of a kind of Ray's processes that is named
 
 

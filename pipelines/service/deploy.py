@@ -171,7 +171,7 @@ def _ray(capacity: Capacity, address: str | None) -> Iterator[str]:
     """The cluster at `address`, or a Ray of this machine that ends with the block; yields its address."""
     # Twice the replicas: a rollout runs two bundles for a moment.
     cpus = max(os.cpu_count() or 1, 2 * capacity.replicas[1] * capacity.cpus)
-    with ray_running(address, cpus, dashboard=False) as found:
+    with ray_running(address, cpus) as found:
         yield found
 
 

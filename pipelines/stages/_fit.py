@@ -34,12 +34,12 @@ from nanochat.optim import build_optimizer
 from nanochat.parallel import Ranks
 from nanochat.train import StepDone, TrainPlan, train
 from pipelines.artifacts import Dir
-from pipelines.curves import EVENTS, TRACE, Observer, Row, event_file, numbers, summary, traced
+from pipelines.curves import EVENTS, TRACE, LiveCurves, Observer, Row, event_file, numbers, summary, traced
 from pipelines.runner import Job, Progress
 from pipelines.spec import Place
 
 STEPS = "steps.jsonl"  # one line a step, in the artifact
-SAY_EVERY_S = 0.25
+SAY_EVERY_S = 1.0
 GRACE_S = 15.0  # for the workers to save, when the driver is told to end
 RAY_FILES = "ray-train"  # a folder beside work/ for what Ray Train writes for itself; of no use to us
 
@@ -67,6 +67,7 @@ class Fit:
     optim: OptimConfig
     precision: Literal["bf16", "fp32"]
     seed: int
+    mask_documents: bool = False
 
 
 class Board:
@@ -126,6 +127,7 @@ def fit(job: Job, task: Fit) -> dict[str, float]:
                 name=uuid.uuid4().hex[:8],  # never the same twice: Ray must not resume by itself
                 storage_path=store.dir(address, RAY_FILES).uri(),
                 failure_config=FailureConfig(max_failures=place.retries),
+                worker_runtime_env=_environment(place),
                 logging_config=LoggingConfig(log_level="WARNING"),
             ),
         )
@@ -137,6 +139,16 @@ def fit(job: Job, task: Fit) -> dict[str, float]:
         finally:
             store.remove(address, RAY_FILES)
     return _summary(job, task)
+
+
+def _environment(place: Place) -> dict[str, dict[str, str]]:
+    """What a worker's process must have before it begins: NCCL reads nothing else."""
+    told = {}
+    if place.nccl and place.nccl.algorithm:
+        told["NCCL_ALGO"] = {"ring": "Ring", "tree": "Tree", "nvls": "NVLS"}[place.nccl.algorithm]
+    if place.nccl and place.nccl.interface:
+        told["NCCL_SOCKET_IFNAME"] = place.nccl.interface
+    return {"env_vars": told} if told else {}
 
 
 @contextmanager
@@ -196,6 +208,7 @@ def _work(settings: dict[str, Any]) -> None:
         rank=ranks.rank,
         world=ranks.world,
         micro_batch=place.micro_batch,
+        mask_documents=task.mask_documents,
         pin=place.gpu is not None,
     )
     start = int(ranks.most(0 if ranks.rank else _resume_point(work)))
@@ -211,13 +224,19 @@ def _work(settings: dict[str, Any]) -> None:
             steps = traced(steps, place.profile, start, lambda trace: out.put(TRACE, trace))
         observer = Observer(task.model, task.vocab_size, device, model.dtype, ranks.world)
         steps = _told(steps, history, board, observer)
+        live = LiveCurves(work, history)
+
+    def committed(step: int) -> None:
+        board.commit.remote(step)
+        live.draw(step)
+
     saver = Saver(
         work,
         model,
         optimizer,
         rank=ranks.rank,
         parts=ranks.world if shard else 1,
-        committed=lambda step: board.commit.remote(step),
+        committed=committed,
     )
     try:
         _take(steps, saver, history, ranks, place.checkpoint_s)
@@ -227,6 +246,7 @@ def _work(settings: dict[str, Any]) -> None:
         raise
     if ranks.rank == 0:
         _put_result(settings["out"], model, history)
+        live.end()
     ray.train.report({})
 
 

@@ -22,6 +22,7 @@ def run(spec: Pretrain, job: Job) -> dict[str, float]:
         optim=spec.optim,
         precision=spec.precision,
         seed=job.seed,
+        mask_documents=spec.mask_documents,
     )
     metrics = fit(job, task)
     vocabulary.save(job.out)

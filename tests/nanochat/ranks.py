@@ -5,6 +5,7 @@ A module of its own, because spawned processes import it.
 
 import datetime
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,6 +41,7 @@ class Case:
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16 on a CPU goes through nanochat/fast.py
     optim: Literal["muon", "adamw"] = "muon"
     shard: bool = False
+    slow_s: float = 0.0  # that the last rank's batches take to come
     spoiled: tuple[int, float] | None = None  # the last rank's gradient of this step is multiplied by this number
 
 
@@ -55,6 +57,8 @@ def loader(case: Case, rank: int) -> Loader:
             targets[0, 5:] = -1  # 5 targets in the first row, 60 in the second, all in the others
             targets[1, :68] = -1
             segments = (torch.arange(CONTEXT) // 50 + 1).expand(case.rows, -1).int()
+        if rank == case.world - 1:
+            time.sleep(case.slow_s)
         begin, end = rank * case.rows // case.world, (rank + 1) * case.rows // case.world
         batches = [
             Batch(tokens[a:b], targets[a:b], None if segments is None else segments[a:b])
@@ -120,6 +124,7 @@ def run_case(rank: int, case: Case, folder: Path) -> None:
     save_file(result, folder / f"{case.name}-{rank}.safetensors")
     more = {f"optim/{name}": tensor.cpu().clone() for name, tensor in state.items()}
     more["kept_bytes"] = torch.tensor(kept_bytes(state.values()))
+    more["skews"] = torch.tensor([step.skew_s for step in done])
     more["skipped"] = torch.tensor([step.skipped for step in done])
     more["most"] = torch.tensor([ranks.most(float(rank)), ranks.any(rank == 1), ranks.any(False)])
     save_file(more, folder / f"{case.name}-{rank}-more.safetensors")

@@ -87,6 +87,25 @@ def test_every_token_of_text_is_a_target_once_an_epoch(files) -> None:
     assert seen == wanted
 
 
+def test_texts_are_told_apart_on_request(files) -> None:
+    """A document's tokens follow one another in their segment; neither tokens nor targets change."""
+    masked = loader(files, rows=1, mask_documents=True)
+    some = 0
+    for number, (tokens, targets, segments) in enumerate(epoch_rows(files, "train")):
+        assert segments is None
+        ((row_tokens, row_targets, row_segments),) = stack(masked.step(number)[0])
+        assert (row_tokens, row_targets) == (tokens, targets)
+        assert [segment == 0 for segment in row_segments] == [target == -1 for target in targets]
+        for at in range(CONTEXT - 1):
+            inside = row_segments[at] == row_segments[at + 1]
+            some += not inside
+            if inside and targets[at] != -1:
+                assert targets[at] == tokens[at + 1] != BOS
+            elif row_segments[at + 1] not in (row_segments[at], 0):
+                assert tokens[at + 1] == BOS or targets[at] != tokens[at + 1]
+    assert some > 100
+
+
 def slow_chat_rows(docs: list[Doc]) -> Counter:
     """Each chat that fits, as (tokens, targets), one position at a time."""
     rows = []

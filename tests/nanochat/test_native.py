@@ -5,7 +5,6 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +14,8 @@ import torch
 
 from nanochat.attention import Rows
 from nanochat.config import ModelConfig
-from nanochat.engine.native import DEFAULT, FLAGS, Build, NativeRunner, NoCompilerError, library, read_bandwidth
+from nanochat.cpp import Build, NoCompilerError
+from nanochat.engine.native import DEFAULT, NativeRunner, library, read_bandwidth
 from nanochat.engine.quantize import quantize
 from nanochat.engine.runner import BLOCK, Precision
 from nanochat.model import GPT
@@ -191,7 +191,7 @@ def test_what_lies_in_a_block_does_not_leak(precision: Precision, kv_heads: int 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_plain_code_means_the_same(precision: Precision) -> None:
     """Without a single intrinsic, for the oldest processor; sums are rounded otherwise, that is all."""
-    slow = [flag.replace("-O3", "-O1") for flag in FLAGS if flag != "-march=native"]
+    slow = [flag.replace("-O3", "-O1") for flag in DEFAULT.flags if flag != "-march=native"]
     plain = Build(flags=(*slow, "-DNANOCHAT_PORTABLE"))
     for model in (filled(small(2)), wide()):
         text = text_of(70)
@@ -240,83 +240,6 @@ def test_quantize_is_the_nearest_whole_number() -> None:
     whole, scale = quantize(weight)
     assert whole.abs().amax(1).tolist() == [127, 127, 0, 127, 127]
     assert ((whole * scale[:, None] - weight).abs() <= scale[:, None] * 0.5001).all()
-
-
-# ---- the build
-
-
-def fake_compiler(folder: Path, then: str) -> Build:
-    """A compiler that notes each call in `log` and does `then` with the path of the result in $out."""
-    folder.mkdir()
-    script = folder / "fake-g++"
-    script.write_text(
-        textwrap.dedent(f"""\
-        #!/bin/sh
-        [ "$1" = --version ] && echo 1.0 && exit 0
-        for out; do :; done
-        echo built >> {folder}/log
-        {then}
-        """)
-    )
-    script.chmod(0o755)
-    return Build(folder=folder / "kept", compilers=(str(script),))
-
-
-def copies_the_real_one(folder: Path) -> Build:
-    real = library(DEFAULT)._name
-    return fake_compiler(folder, f"sleep 0.2; head -c -64 {real} > $out")
-
-
-def test_it_is_compiled_once(tmp_path: Path) -> None:
-    build = copies_the_real_one(tmp_path / "a")
-    kept = [library(build)._name for _ in range(2)]
-    assert kept[0] == kept[1]
-    assert (tmp_path / "a/log").read_text() == "built\n"
-    assert [path.name for path in build.folder.iterdir()] == [Path(kept[0]).name]
-    library(Build(build.folder, build.compilers, (*build.flags, "-g")))
-    assert len(list(build.folder.iterdir())) == 2, "other flags, other library"
-
-
-@pytest.mark.parametrize("damage", ["cut", "changed", "empty"])
-def test_a_damaged_library_is_built_anew(tmp_path: Path, damage: str) -> None:
-    build = copies_the_real_one(tmp_path / "a")
-    kept = Path(library(build)._name)
-    whole = kept.read_bytes()
-    kept.unlink()  # not written over: this process has it open
-    kept.write_bytes({"cut": whole[:5000], "changed": whole.replace(b"nanochat", b"nanochit", 1), "empty": b""}[damage])
-    library(build)
-    assert kept.read_bytes() == whole
-    assert (tmp_path / "a/log").read_text() == "built\n" * 2
-
-
-def test_two_may_build_at_once(tmp_path: Path) -> None:
-    build = copies_the_real_one(tmp_path / "a")
-    with ThreadPoolExecutor() as both:
-        kept = list(both.map(lambda _: library(build)._name, range(2)))
-    assert (tmp_path / "a/log").read_text() == "built\n" * 2
-    assert [str(path) for path in build.folder.iterdir()] == kept[:1]
-
-
-def test_no_compiler(tmp_path: Path) -> None:
-    with pytest.raises(
-        NoCompilerError, match=r"none of no-such-g\+\+, no-such-clang is on the PATH; .*apt install g\+\+"
-    ):
-        library(Build(tmp_path / "kept", ("no-such-g++", "no-such-clang")))
-    with pytest.raises(NoCompilerError, match=r"ended with 3; .* C\+\+20 .*too old"):
-        library(fake_compiler(tmp_path / "old", "echo too old >&2; exit 3"))
-    with pytest.raises(NoCompilerError, match="cannot be loaded"):
-        library(fake_compiler(tmp_path / "odd", "echo no library > $out"))
-
-
-def test_a_folder_that_others_may_write_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
-    with pytest.raises(NoCompilerError, match="chmod 700"):
-        library(Build(tmp_path))
-    tmp_path.joinpath("file").touch()
-    with pytest.raises(NoCompilerError, match="cannot be made"):
-        library(Build(tmp_path / "file/below"))
-    library(copies_the_real_one(tmp_path / "a"))
-    assert (tmp_path / "a/kept").stat().st_mode & 0o777 == 0o700
 
 
 # ---- threads

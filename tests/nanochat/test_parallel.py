@@ -32,6 +32,7 @@ CASES = [
     Case("three-chat", world=3, rows=4, micro=1, chat=True),
     Case("one-chat-few", world=1, rows=2, micro=2, chat=True),
     Case("three-chat-few", world=3, rows=2, micro=2, chat=True),  # rank 0 has no row
+    Case("two-slow", world=2, rows=4, micro=2, slow_s=0.2, steps=4),
     Case("one-spoiled", world=1, rows=4, micro=2, spoiled=(4, math.nan)),
     Case("two-spoiled", world=2, rows=4, micro=2, spoiled=(4, math.nan)),
     Case("zero-spoiled", world=3, rows=4, micro=2, shard=True, spoiled=(4, math.inf)),
@@ -146,6 +147,13 @@ def test_a_bad_gradient_of_one_rank_is_applied_by_none(
 
 
 @pytest.mark.slow
+def test_all_ranks_know_how_much_longer_the_slowest_works(results: dict[str, list[Result]]) -> None:
+    first, last = (result["skews"].tolist() for result in results["two-slow"])
+    assert first == last
+    assert first[0] == 0
+    assert all(0.1 < skew < 2 for skew in first[1:])
+
+
 def test_a_number_is_compared_over_ranks(results: dict[str, list[Result]]) -> None:
     for result in results["ddp-4"]:
         assert result["most"].tolist() == [3, 1, 0]

@@ -175,8 +175,8 @@ class Another(Ranks):
         super().__init__(0, 2)
 
     def start_sum(self, tensor: Tensor) -> Pending:
-        if tensor.dim() == 0:
-            tensor += math.inf
+        if tensor.dtype == torch.float64:
+            tensor[0] += math.inf
         return lambda: None
 
 
@@ -191,6 +191,27 @@ def test_a_loss_that_is_not_finite_is_left_out_too() -> None:
         next(steps)
     for (name, weight), other in zip(model.named_parameters(), before.parameters(), strict=True):
         assert torch.equal(weight, other), name
+
+
+class Slower(Ranks):
+    """Of two ranks the first; the other says that every step takes it three seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+
+    def start_sum(self, tensor: Tensor) -> Pending:
+        if tensor.dtype == torch.float64:
+            tensor[2] += 3.0
+        return lambda: None
+
+
+def test_skew_is_what_the_slowest_rank_did_longer_in_the_step_before() -> None:
+    model = filled(small())
+    plan = TrainPlan(steps=2, batch_tokens=ROWS * LENGTH, optim=OPTIM)
+    first, second = train(model, build_optimizer(model, OPTIM, "fp32"), batches, plan, ranks=Slower())
+    own = sum(first.parts.values()) - first.parts["exchange"]
+    assert (first.skew_s, second.skew_s) == (3.0, pytest.approx(3.0 - own))
+    assert [done.skew_s for done in run(filled(small()), batches, steps=2)] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # bf16: nanochat/fast.py

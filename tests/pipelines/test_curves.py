@@ -5,16 +5,18 @@ import json
 import struct
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from nanochat.config import ModelConfig
+from nanochat.files import Folder
 from nanochat.machine import PEAK_FLOPS_PER_S, measured_flops_per_s, stated_flops_per_s
 from nanochat.train import StepDone
 from pipelines import curves
-from pipelines.curves import Observer, event_file, numbers, shares, summary, traced
+from pipelines.curves import LiveCurves, Observer, event_file, numbers, shares, summary, traced
 from pipelines.metrics import UNITS
 
 TINY = ModelConfig(depth=1, context=128, head_dim=64)
@@ -32,6 +34,7 @@ def done(step: int, **changes: Any) -> StepDone:
         "tokens_per_s": 64.0,
         "seconds": 2.0,
         "parts": PARTS,
+        "skew_s": 0.25,
         "skipped": 0,
     }
     return StepDone(**(told | changes))
@@ -39,7 +42,7 @@ def done(step: int, **changes: Any) -> StepDone:
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
     more = {"unix_s": 1e9 + step, "mfu": 0.25, "peak_flops_per_s": 1e12, "peak_bytes": 10**9, "busy_cores": 1.9}
-    told = more | {name: changes.pop(name) for name in [*more, "skew_s"] if name in changes}
+    told = more | {name: changes.pop(name) for name in more if name in changes}
     return asdict(done(step, **changes)) | told
 
 
@@ -129,9 +132,8 @@ def test_the_summary_of_a_training() -> None:
     assert found["peak_bytes"] == 7 * 10**9
     assert sum(found[name] for name in curves.SHARES) == pytest.approx(1)
     assert found["share_other"] == pytest.approx(1 / 3)
-    assert "rank_skew_s" not in found
+    assert found["rank_skew_s"] == 0.25
     assert set(found) <= set(UNITS)
-    assert summary([row(1, skew_s=0.25)])["rank_skew_s"] == 0.25
 
 
 def test_a_step_that_moved_nothing_is_counted_and_has_no_say() -> None:
@@ -164,8 +166,32 @@ def test_tensorboard_can_read_every_step() -> None:
             curve.setdefault(value.tag, []).append(value.simple_value)
     assert curve["train/loss"] == [1 / 8, 2 / 8, 1500 / 8, 5.0]
     assert curve["step/share_backward"] == [0.5] * 3
-    assert curve["speed/skew_s"] == [0.5] * 3
+    assert curve["speed/skew_s"] == [0.5] * 3 + [0.25]
     assert len(curve["speed/mfu"]) == 4
+
+
+def steps_of(folder: Path) -> dict[str, list[int]]:
+    from tensorboardX.proto.event_pb2 import Event
+
+    files = {path.suffix.removeprefix("."): path.read_bytes() for path in folder.glob("tensorboard/*")}
+    return {name: [Event.FromString(record).step for record in records(data)][1:] for name, data in files.items()}
+
+
+def test_tensorboard_can_follow_a_training_and_its_restarts(tmp_path: Path) -> None:
+    files, history = Folder(tmp_path), [row(1)]
+    live = LiveCurves(files, history)
+    history += [row(2), row(3)]
+    live.draw(2)
+    history.append(row(4))
+    live.draw(4)
+    assert steps_of(tmp_path) == {"00000002": [2], "00000004": [3, 4]}
+    history = [row(1), row(2), row(3)]  # the checkpoint of step 4 was damaged
+    live = LiveCurves(files, history)
+    history += [row(4), row(5)]
+    live.draw(5)
+    assert steps_of(tmp_path) == {"00000002": [2], "00000005": [4, 5]}
+    live.end()
+    assert steps_of(tmp_path) == {}
 
 
 @pytest.mark.parametrize(("start", "wanted"), [(0, [3, 4]), (3, [4]), (4, [])])

@@ -1,9 +1,10 @@
-"""How many workers a stage may have, as the file says it."""
+"""Where a stage runs, as the file says it: how many workers, and how they talk."""
 
 import pytest
 from pydantic import ValidationError
 
 from pipelines.spec import Place
+from pipelines.stages._fit import _environment
 
 
 def test_workers_are_a_number_or_the_fewest_and_the_most() -> None:
@@ -15,6 +16,22 @@ def test_workers_are_a_number_or_the_fewest_and_the_most() -> None:
 
 
 @pytest.mark.parametrize(
+    ("nccl", "told"),
+    [
+        (None, {}),
+        ({}, {}),
+        ({"algorithm": "nvls"}, {"env_vars": {"NCCL_ALGO": "NVLS"}}),
+        (
+            {"algorithm": "ring", "interface": "^lo,docker"},
+            {"env_vars": {"NCCL_ALGO": "Ring", "NCCL_SOCKET_IFNAME": "^lo,docker"}},
+        ),
+    ],
+)
+def test_workers_are_told_what_nccl_reads(nccl: object, told: dict[str, object]) -> None:
+    assert _environment(Place.model_validate({"gpu": "H100", "nccl": nccl})) == told
+
+
+@pytest.mark.parametrize(
     ("place", "said"),
     [
         ({"workers": 0}, "must be greater than 0, but it is 0"),
@@ -23,6 +40,8 @@ def test_workers_are_a_number_or_the_fewest_and_the_most() -> None:
         ({"workers": [1, 2]}, "retries is 0, .* give `retries` the number of losses to survive"),
         ({"workers": [1, 2, 3], "retries": 1}, "workers"),
         ({"parallel": "zero2"}, "'ddp' or 'zero1'"),
+        ({"nccl": {"algorithm": "star"}, "gpu": "H100"}, "'ring', 'tree' or 'nvls'"),
+        ({"nccl": {"interface": "eth0"}}, "nccl is how GPUs exchange gradients, but there is no `gpu` here"),
     ],
 )
 def test_a_wrong_place_is_refused_with_a_remedy(place: dict[str, object], said: str) -> None:

@@ -251,7 +251,7 @@ from pipelines.service.deploy import deployed
 loaded, seed = load(Path(sys.argv[1]), "here"), int(sys.argv[2])
 bundle, capacity = find_bundle(loaded, open_store(loaded.profile.store, loaded.base)), loaded.profile.serve
 body = {"model": "tiny-base", "messages": [{"role": "user", "content": "Hi"}], "seed": seed}
-with ray_running(None, 2, dashboard=False):
+with ray_running(None, 2):
     with deployed(bundle, capacity) as url:
         replica = serve.get_deployment_handle("Replica-1", "nanochat")
         for stream, patience_s in ((True, 60), (False, 0.05)):

@@ -51,7 +51,7 @@ def until(true, seconds=20):
         assert time.monotonic() < end
         time.sleep(0.05)
 
-with ray_running(None, 4, dashboard=False):
+with ray_running(None, 4):
     serve.start(proxy_location="Disabled")
     handle = serve.run(toys(3), name="app", route_prefix=None)
     say("up")

@@ -295,7 +295,7 @@ def until(count, seconds):
     print(f"{time.monotonic() - began:.1f} s: {count}", flush=True)
 
 script = Path(sys.argv[1])
-with ray_running(None, 4, dashboard=False):
+with ray_running(None, 4):
     serve.start(proxy_location="Disabled")
     began = time.monotonic()
     scaling = AutoscalingConfig(
