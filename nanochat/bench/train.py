@@ -36,7 +36,7 @@ LEAST_RUNS = 5
 # What `--against` may name -> the precision in which nanochat would compute
 BASELINES = {"nanochat-like": "bf16", "fp32": "fp32"}
 TORCHRUN = "torchrun"  # the same loop without Ray, which only pipelines/bench/train.py can compare
-TORCHRUN_RUNS, TORCHRUN_STEPS = 7, 8  # steps: of a run
+TORCHRUN_RUNS, TORCHRUN_STEPS = 7, 16  # steps: of a run
 
 
 def main(

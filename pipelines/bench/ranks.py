@@ -32,6 +32,7 @@ class RankSetup:
     threads: int  # of each rank
     micro_batch: int  # rows
     steps: int  # of the whole training
+    shard: bool = False  # the optimizer's state
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class _Prepared:
 
 def _steps(setup: RankSetup, text: _Prepared, ranks: Ranks | None) -> Iterator[StepDone]:
     model = GPT(setup.config, VOCABULARY, DTYPES[setup.precision]).reset(0)
-    optimizer = build_optimizer(model, OPTIM, setup.precision)
+    optimizer = build_optimizer(model, OPTIM, setup.precision, ranks, setup.shard)
     plan = TrainPlan(steps=setup.steps, batch_tokens=BATCH_TOKENS, optim=OPTIM)
     yield from train(model, optimizer, text.step, plan, ranks=ranks)
 

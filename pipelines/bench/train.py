@@ -125,11 +125,12 @@ def _setup(args: argparse.Namespace, threads: int) -> RankSetup:
         threads=threads,
         micro_batch=args.micro_batch,
         steps=1 + WARM_UP + 2 * args.steps,
+        shard=threads < args.threads,  # else each of two ranks would orthogonalise all matrices, with half the threads
     )
 
 
 def _shape(world: int, setup: RankSetup) -> str:
-    return f"{world} x {setup.threads} thread{'s' if setup.threads > 1 else ''}"
+    return f"{world} x {setup.threads} thread{'s' if setup.threads > 1 else ''}{', zero1' if setup.shard else ''}"
 
 
 @contextmanager

@@ -161,11 +161,11 @@ def test_what_cannot_be_compared_is_refused(
 
 
 def test_the_whole_package_makes_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """`nanochat bench train --against torchrun` reaches it, with seven runs of eight steps each."""
+    """`nanochat bench train --against torchrun` reaches it, with seven runs of sixteen steps each."""
     from pipelines import cli
 
     def compare(asked: Namespace) -> Iterator[bench.Measurement]:
-        assert (asked.runs, asked.steps, asked.against) == (7, 56, ["torchrun"])
+        assert (asked.runs, asked.steps, asked.against) == (7, 112, ["torchrun"])
         yield _beside("case", [100], [99], "torchrun", asked, {})
 
     monkeypatch.setattr(cli, "prepare", lambda environment, home: None)

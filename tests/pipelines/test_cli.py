@@ -86,7 +86,7 @@ def test_plan_of_a_cluster_needs_no_credentials_and_no_network(capsys: pytest.Ca
     base = next(s for s in steps if s["name"] == "base")
     assert base["place"] == {
         "workers": 16, "cpus": 12, "gpu": "H100", "micro_batch": 16, "retries": 3, "checkpoint_s": 60.0,
-        "parallel": "ddp", "nccl": None, "profile": None,
+        "parallel": "zero1", "nccl": None, "profile": None,
     }  # fmt: skip
     assert cli.main(["plan", str(FILE), "--profile", "h100x16"]) == 0
     assert "16 x 12 CPU + H100" in capsys.readouterr().out
