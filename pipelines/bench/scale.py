@@ -46,7 +46,7 @@ def main(argv: Sequence[str], prepare: Callable[[], None], address: str | None =
     add("--seconds", type=positive(), default=90.0, help="of a step (default: %(default)g)")
     add("--prompt", type=whole, default=128, help="tokens of a prompt (default: %(default)s)")
     add("--new", type=whole, default=64, help="tokens of a reply (default: %(default)s)")
-    add("--max-wait", type=positive(), default=0.4, metavar="S",
+    add("--max-wait", type=positive(), default=0.3, metavar="S",
         help="seconds for a first token; who would wait longer is refused (default: %(default)g)")  # fmt: skip
     add("--seed", type=at_least(0), default=0, help="of prompts and times (default: 0)")
     model_options(found)
