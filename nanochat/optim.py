@@ -237,11 +237,14 @@ def orthogonal(gradient: Tensor) -> Tensor:
 
 
 def muon(model: GPT, config: OptimConfig, precision: str, ranks: Ranks) -> list[Part]:
-    """Muon for the matrices inside blocks, AdamW for embedding and head."""
+    """Muon for the matrices inside blocks, AdamW for embedding and head.
+
+    AdamW first: it is quick, and what it has moved is on its way to the other ranks while Muon computes.
+    """
     matrices, rest = _split(model)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     ends = AdamW(rest, _end_rates(model, config), config.weight_decay, ranks)
-    return [Muon(matrices, config, dtype, ranks), ends]
+    return [ends, Muon(matrices, config, dtype, ranks)]
 
 
 def adamw(model: GPT, config: OptimConfig, precision: str, ranks: Ranks) -> list[Part]:

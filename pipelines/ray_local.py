@@ -24,6 +24,8 @@ SETTINGS = {
 LOCAL = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that looks for nodes which are taken away
     "RAY_enable_worker_prestart": "0",  # processes in advance, while those that are needed wait for the processor
+    "RAY_LOG_MONITOR_MANY_FILES_THRESHOLD": "1",  # log_to_driver is off: nobody waits for the lines it looks for,
+    "LOG_NAME_UPDATE_INTERVAL_S": "30",  # so it need not look for new files ten times a second
 }
 
 
