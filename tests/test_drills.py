@@ -50,9 +50,9 @@ def test_a_killed_driver_goes_on_from_its_last_checkpoint(calm: Base, base: Base
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert plan(base.home, DRILL)["base"]["state"] == "partial"
+    lost = {line["pid"] for line in base.taken()}  # a worker may live a moment longer than its driver
     began, again = time.time(), base.start()
-    until(lambda: base.committed() > first, again)
-    back = next(line for line in base.taken() if line["at"] > began)
+    back = until(lambda: next((line for line in base.taken() if line["pid"] not in lost), None), again)
     assert back["step"] > first
     print(f"seconds from the command to the first step: {back['at'] - began:.1f}")
     assert back["at"] - began < 40

@@ -22,7 +22,7 @@ from tests.drills import DRILL, Base, until
 
 pytestmark = [pytest.mark.drill, pytest.mark.ray]
 
-LONG = DRILL | {"base.tokens": "2_000_000", "place.base.micro_batch": "16", "place.base.retries": "30"}
+LONG = DRILL | {"base.tokens": "4_000_000", "place.base.micro_batch": "16", "place.base.retries": "30"}
 KILLS = 20
 
 
