@@ -250,10 +250,11 @@ from pipelines.service.bundle import RefusedError, find_bundle
 from pipelines.service.deploy import deployed
 loaded, seed = load(Path(sys.argv[1]), "here"), int(sys.argv[2])
 bundle, capacity = find_bundle(loaded, open_store(loaded.profile.store, loaded.base)), loaded.profile.serve
-body = {"model": "tiny-base", "messages": [{"role": "user", "content": "Hi"}], "seed": seed}
+body = {"model": "tiny-base", "messages": [{"role": "user", "content": "Hi"}], "seed": seed, "n": 16}
 with ray_running(None, 2):
     with deployed(bundle, capacity) as url:
         replica = serve.get_deployment_handle("Replica-1", "nanochat")
+        whole = httpx.post(url + "/v1/chat/completions", json=body, timeout=60).json()["usage"]["completion_tokens"]
         for stream, patience_s in ((True, 60), (False, 0.05)):
             before = replica.stats.remote().result()
             try:
@@ -265,7 +266,7 @@ with ray_running(None, 2):
             time.sleep(1.5)
             after = replica.stats.remote().result()
             assert (after.num_requests_running, after.num_requests_waiting) == (0, 0), after
-            assert after.generation_tokens - before.generation_tokens < 100, (before, after)
+            assert after.generation_tokens - before.generation_tokens < 0.7 * whole, (whole, before, after)
     try:
         with deployed(dataclasses.replace(bundle, dtype="int3"), capacity):
             raise AssertionError("it came up")
