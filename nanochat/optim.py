@@ -289,23 +289,6 @@ def merged(pieces: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return whole
 
 
-def state_bytes(shapes: Mapping[str, Shape], name: str, rank: int = 0, world: int = 1) -> int:
-    """What a rank's `state_dict` takes, from the shapes of the weights (`model.weight_shapes`) alone.
-
-    4 bytes for each number of Muon's matrices, 8 for each of AdamW's rows; sharded over `world` ranks.
-    """
-    matrices = [shape for weight, shape in shapes.items() if weight.startswith(INSIDE)]
-    ends = [shape for weight, shape in shapes.items() if not weight.startswith(INSIDE)]
-    by_rows = ends if name == "muon" else matrices + ends
-    size = 8 + 4 * len(by_rows)  # the counts of steps
-    for turn, (rows, columns) in enumerate(by_rows):
-        size += 8 * columns * len(share(rows, rank, world, turn))
-    if name == "muon":
-        for turn, (rows, columns) in enumerate(dict.fromkeys(matrices)):
-            size += 4 * rows * columns * len(share(matrices.count((rows, columns)), rank, world, turn))
-    return size
-
-
 def share(count: int, rank: int, world: int, turn: int = 0) -> range:
     """Which of `count` things are a rank's, as evenly as can be. turn: moves who gets those that are left over."""
     place = (rank + turn) % world

@@ -24,17 +24,13 @@ class Ranks:
             raise ValueError(f"rank is {rank}; in a world of {world} it must be from 0 to {world - 1}")
         self.rank, self.world = rank, world
 
-    def sum(self, tensors: Iterable[Tensor]) -> None:
-        """Replace each tensor by its sum over all ranks, in place.
-
-        The result is the same on all ranks, bit for bit. Of two ranks it is a + b, exactly what one process that adds
-        one after the other gets; with more the order of a ring's sums differs from it.
-        """
-        for wait in [self.start_sum(tensor) for tensor in tensors]:
-            wait()
-
     def start_sum(self, tensor: Tensor) -> Pending:
-        """`sum`, while the caller goes on; neither read nor write the tensor before the result was called."""
+        """Replace a tensor by its sum over all ranks, in place, while the caller goes on.
+
+        Neither read nor write it before the result was called. The sum is the same on all ranks, bit for bit. Of two
+        ranks it is a + b, exactly what one process that adds one after the other gets; with more the order of a ring's
+        sums differs from it.
+        """
         if self.world == 1:
             return _nothing
         work = dist.all_reduce(tensor.detach().view(-1), async_op=True)
@@ -65,10 +61,6 @@ class Ranks:
         one = torch.tensor([value], dtype=torch.float64, device=device)
         dist.all_reduce(one, op=dist.ReduceOp.MAX)
         return float(one)
-
-    def any(self, flag: bool) -> bool:
-        """Whether it is so on any rank."""
-        return self.most(float(flag)) > 0
 
 
 class Exchange:

@@ -4,7 +4,8 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,15 @@ class Base:
             for (step, rank), line in sorted(newest.items())
             if rank == 0
         }
+
+
+@contextmanager
+def undisturbed(folder: Path, settings: dict[str, str]) -> Iterator[Base]:
+    """`base`, built by one worker without a disturbance."""
+    base = Base(folder, settings)
+    base.run()
+    yield base
+    base.end()
 
 
 def until(what: Callable[[], Any], process: subprocess.Popen[str]) -> Any:

@@ -8,18 +8,15 @@ from pathlib import Path
 import pytest
 
 from tests.commands import left_over, nanochat, plan
-from tests.drills import DRILL, ONLY, Base, train_workers, until
+from tests.drills import DRILL, ONLY, Base, train_workers, undisturbed, until
 
 pytestmark = [pytest.mark.drill, pytest.mark.ray]
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Base]:
-    """`base`, built without a disturbance by one worker."""
-    base = Base(tmp_path_factory.mktemp("calm"), DRILL)
-    base.run()
-    yield base
-    base.end()
+    with undisturbed(tmp_path_factory.mktemp("calm"), DRILL) as base:
+        yield base
 
 
 @pytest.fixture

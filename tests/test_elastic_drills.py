@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from tests.commands import BIN, left_over
-from tests.drills import DRILL, Base, until
+from tests.drills import DRILL, Base, undisturbed, until
 
 pytestmark = [pytest.mark.drill, pytest.mark.ray]
 
@@ -31,11 +31,8 @@ Make = Callable[..., Base]
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Base]:
-    """`base`, built without a disturbance by one worker."""
-    base = Base(tmp_path_factory.mktemp("calm"), LONG)
-    base.run()
-    yield base
-    base.end()
+    with undisturbed(tmp_path_factory.mktemp("calm"), LONG) as base:
+        yield base
 
 
 @pytest.fixture

@@ -59,11 +59,11 @@ class Steps:
         return statistics.mean(seconds), statistics.mean(last), statistics.mean(first)
 
     def _step(self, way: str) -> tuple[float, float, float]:
-        self._ranks.any(False)  # both begin together
+        self._ranks.most(0)  # both begin together
         self._clock.begin()
         nats = self._add(self._batch, WORLD * ROWS * CONTEXT, self._exchange.final if way == OVERLAP else None)
         if way == ONE_NUMBER:
-            self._ranks.sum([nats])
+            self._ranks.start_sum(nats)()
         else:
             self._exchange.finish(nats)
         self._clock.mark("exchange")

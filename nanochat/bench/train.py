@@ -32,7 +32,7 @@ from nanochat.config import ModelConfig
 from nanochat.flops import flops_per_token, parameters
 
 FAIR = 0.25  # of the machine's matrix products that a baseline must reach
-LEAST_RUNS = 5
+LEAST_RUNS, STEPS = 5, 20
 # What `--against` may name -> the precision in which nanochat would compute
 BASELINES = {"nanochat-like": "bf16", "fp32": "fp32"}
 TORCHRUN = "torchrun"  # the same loop without Ray, which only pipelines/bench/train.py can compare
@@ -46,7 +46,8 @@ def main(
     options = parser("train", "Tokens/s of training steps on made-up text.")
     options.add_argument("--precision", choices=tuple(DTYPES), help="(default: bf16 where the processor has it)")
     options.add_argument("--depth", type=whole, default=4, help="layers, each 64 wide (default: %(default)s)")
-    options.add_argument("--steps", type=whole, help="steps that are timed (default: 20; 56 against torchrun)")
+    options.add_argument("--steps", type=whole, help=f"steps that are timed (default: {STEPS}; against "
+        f"torchrun {TORCHRUN_RUNS * TORCHRUN_STEPS})")  # fmt: skip
     options.add_argument("--micro-batch", type=whole, default=8, help="rows at a time (default: %(default)s)")
     options.add_argument(
         "--against",
@@ -56,13 +57,14 @@ def main(
         help="nanochat-like: as nanochat at its best (bf16, torch.compile, all logits); fp32: as it does on a CPU "
         "unless told otherwise; torchrun: Ray Train beside the same loop without Ray",
     )
-    options.add_argument("--runs", type=whole, help="of each side, in turn (default: 5; 7 against torchrun)")
+    options.add_argument("--runs", type=whole, help=f"of each side, in turn (default: {LEAST_RUNS}; against torchrun "
+        f"{TORCHRUN_RUNS})")  # fmt: skip
     args = parse(options, argv)
     by_torchrun = TORCHRUN in args.against
     if by_torchrun:
         _check_torchrun(options, args, torchrun is not None)
     args.runs = args.runs or (TORCHRUN_RUNS if by_torchrun else LEAST_RUNS)
-    args.steps = args.steps or (args.runs * TORCHRUN_STEPS if by_torchrun else 20)
+    args.steps = args.steps or (args.runs * TORCHRUN_STEPS if by_torchrun else STEPS)
     if args.against and (args.runs < LEAST_RUNS or args.steps % args.runs):
         options.error(
             f"--steps {args.steps} --runs {args.runs}: a comparison needs at least {LEAST_RUNS} runs of equally many "

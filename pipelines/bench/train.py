@@ -34,7 +34,7 @@ from pipelines.bench.group import END_S, Group, listening, torchrun
 from pipelines.bench.processes import cpu_seconds, descendants, name, paused
 from pipelines.bench.ranks import RankSetup, serve
 from pipelines.ray_local import ray_running
-from pipelines.stages._fit import SAY_EVERY_S, Board
+from pipelines.stages._fit import SAY_EVERY_S, followed_board
 
 STARTS = 3  # of Ray's workers, one after the other
 SETTLE_S = 3.0  # for what Ray has to catch up on after it was stopped
@@ -139,7 +139,7 @@ def _by_ray(world: int, setup: RankSetup, folder: Path) -> Iterator[tuple[Group,
     time until its end went.
     """
     stamps = folder / f"stamps-{uuid.uuid4().hex[:8]}"
-    with listening(folder) as (server, door), _board() as board:
+    with listening(folder) as (server, door), followed_board(lambda *said: None) as board:
         group = Group(world)
         trainer = TorchTrainer(
             _work,
@@ -173,26 +173,6 @@ def _by_ray(world: int, setup: RankSetup, folder: Path) -> Iterator[tuple[Group,
         finally:
             group.end()
             thread.join(END_S)
-
-
-@contextmanager
-def _board() -> Iterator[Any]:
-    """Where the first rank says its steps, read as often as the driver of a training reads it."""
-    board = ray.remote(num_cpus=0)(Board).remote()
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(SAY_EVERY_S):
-            ray.get(board.read.remote())
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield board
-    finally:
-        stop.set()
-        thread.join()
-        ray.kill(board)
 
 
 def _work(settings: dict[str, Any]) -> None:

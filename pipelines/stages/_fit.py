@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -154,18 +154,29 @@ def _environment(place: Place) -> dict[str, dict[str, str]]:
 @contextmanager
 def _watching(job: Job) -> Iterator[Any]:
     """An actor for the workers to say their steps to; a thread passes them on to `job.say`."""
+    said = None
+
+    def hear(row: Row | None, committed: int) -> None:
+        nonlocal said
+        if row is not None and (row["step"], committed) != said:
+            said = row["step"], committed
+            told = numbers(row) | {"checkpoint_step": committed}
+            job.say(Progress(done=row["step"], total=row["steps"], unit="step", numbers=told))
+
+    with followed_board(hear) as board:
+        yield board
+
+
+@contextmanager
+def followed_board(hear: Callable[[Row | None, int], None]) -> Iterator[Any]:
+    """A Board on this node, and a thread that hears what it says."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may be lost
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     stop = threading.Event()
 
     def watch() -> None:
-        said = None
         while not stop.wait(SAY_EVERY_S):
-            row, committed = ray.get(board.read.remote())
-            if row is not None and (row["step"], committed) != said:
-                said = row["step"], committed
-                told = numbers(row) | {"checkpoint_step": committed}
-                job.say(Progress(done=row["step"], total=row["steps"], unit="step", numbers=told))
+            hear(*ray.get(board.read.remote()))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

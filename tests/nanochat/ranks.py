@@ -126,7 +126,7 @@ def run_case(rank: int, case: Case, folder: Path) -> None:
     more["kept_bytes"] = torch.tensor(kept_bytes(state.values()))
     more["skews"] = torch.tensor([step.skew_s for step in done])
     more["skipped"] = torch.tensor([step.skipped for step in done])
-    more["most"] = torch.tensor([ranks.most(float(rank)), ranks.any(rank == 1), ranks.any(False)])
+    more["most"] = torch.tensor(ranks.most(float(rank)))
     save_file(more, folder / f"{case.name}-{rank}-more.safetensors")
     if not alone:
         dist.destroy_process_group()

@@ -8,11 +8,12 @@ import torch
 
 from nanochat.config import OptimConfig
 from nanochat.model import GPT, weight_shapes
-from nanochat.optim import OPTIMIZERS, build_optimizer, merged, orthogonal, share, state_bytes
+from nanochat.optim import OPTIMIZERS, build_optimizer, merged, orthogonal, share
 from nanochat.parallel import Ranks
 from tests.nanochat.ranks import kept_bytes
 from tests.nanochat.sizes import VOCAB, filled, small
 from tests.reference.optim import SlowMuon
+from tests.reference.state import state_bytes
 
 FACTOR = (32 / 768) ** -0.5  # of embed_lr and head_lr at width 32
 
