@@ -28,6 +28,7 @@ from nanochat.model import GPT, Block, norm, rotary_table
 from nanochat.optim import Optimizer
 from nanochat.parallel import Exchange, Ranks
 from nanochat.schedule import rate
+from nanochat.shared import SharedExchange, shared_zeros
 
 # step (0-based) -> this rank's micro-batches, and how many targets count in the global batch
 Loader = Callable[[int], tuple[list[Batch], int]]
@@ -85,8 +86,7 @@ def train(
     were more of them than the plan allows.
     """
     ranks = ranks or Ranks(0, 1)
-    gradient, clock = flat_gradient(model), Clock(model.device)
-    exchange = Exchange(gradient, list(model.parameters()), ranks)
+    (gradient, exchange), clock = exchanged_gradient(model, ranks), Clock(model.device)
     add_gradient = backward_of(model, plan.path, clock.mark)
     skipped = max(0, start - optimizer.steps)  # before a restart
     own_s = 0.0  # of the newest step, what this rank did not wait for others
@@ -238,11 +238,27 @@ def _nats(model: GPT, batch: Batch) -> Tensor:
     return model.loss(model(batch.tokens, Rows(batch.segments)), batch.targets)
 
 
-def flat_gradient(model: GPT) -> Tensor:
-    """One zeroed vector that all parameters' gradients are views of: summed, measured and clipped as one."""
+def exchanged_gradient(model: GPT, ranks: Ranks) -> tuple[Tensor, Exchange | SharedExchange]:
+    """`flat_gradient`, and the quickest way in which these ranks can sum it."""
     weights = list(model.parameters())
-    flat = torch.zeros(sum(w.numel() for w in weights), dtype=weights[0].dtype, device=weights[0].device)
-    for weight, part in zip(weights, torch.split(flat, [w.numel() for w in weights]), strict=True):
+    if ranks.world > 1 and model.device.type == "cpu":
+        gradients = shared_zeros(sum(weight.numel() for weight in weights), ranks)
+        if gradients:
+            return flat_gradient(model, gradients[ranks.rank]), SharedExchange(gradients, ranks)
+    gradient = flat_gradient(model)
+    return gradient, Exchange(gradient, weights, ranks)
+
+
+def flat_gradient(model: GPT, flat: Tensor | None = None) -> Tensor:
+    """One zeroed vector that all parameters' gradients are views of: summed, measured and clipped as one.
+
+    flat: zeros to be that vector.
+    """
+    weights = list(model.parameters())
+    sizes = [weight.numel() for weight in weights]
+    if flat is None:
+        flat = torch.zeros(sum(sizes), dtype=weights[0].dtype, device=weights[0].device)
+    for weight, part in zip(weights, torch.split(flat, sizes), strict=True):
         weight.grad = part.view_as(weight)
     return flat
 

@@ -1,7 +1,8 @@
 """How much of the sums of gradients hides behind the backward pass: two ranks of one thread each, over gloo.
 
-Three ways take turns: sums that begin during the backward pass, sums that all begin after it, and a sum of one number
-instead of the gradient, which shows what waiting for the slower rank costs by itself.
+Four ways take turns: sums that begin during the backward pass, sums that all begin after it, sums in memory that both
+ranks see (what training does on one machine), and a sum of one number instead of the gradient, which shows what waiting
+for the slower rank costs by itself.
 """
 
 import argparse
@@ -27,12 +28,13 @@ from nanochat.flops import parameters
 from nanochat.model import GPT
 from nanochat.optim import build_optimizer
 from nanochat.parallel import Exchange, Ranks
+from nanochat.shared import SharedExchange, shared_zeros
 from nanochat.train import backward_of, clip, flat_gradient, move
 
 WORLD = 2
 VOCABULARY, CONTEXT, ROWS = 8192, 512, 4  # rows of each rank
 WARM_UP = 2  # steps of each way
-OVERLAP, AFTER, ONE_NUMBER = WAYS = ("during backward", "after backward", "one number")
+OVERLAP, AFTER, MEMORY, ONE_NUMBER = WAYS = ("during backward", "after backward", "shared memory", "one number")
 
 # Of each way, one entry a run: seconds of a step, and of waiting on the rank that comes last and on that which comes
 # first. The one that comes last waits for communication alone.
@@ -45,7 +47,10 @@ class Steps:
     def __init__(self, rank: int, depth: int, precision: str, bucket_bytes: int | None) -> None:
         self._ranks = Ranks(rank, WORLD)
         model = GPT(config_of(depth), VOCABULARY, DTYPES[precision]).reset(0)
-        self._gradient, self._clock = flat_gradient(model), Clock(model.device)
+        gradients = shared_zeros(parameters(config_of(depth), VOCABULARY), self._ranks)
+        assert gradients, "two processes of one machine should be able to share memory"
+        self._gradient, self._clock = flat_gradient(model, gradients[rank]), Clock(model.device)
+        self._memory = SharedExchange(gradients, self._ranks)
         self._exchange = Exchange(self._gradient, list(model.parameters()), self._ranks, bucket_bytes)
         self._add = backward_of(model, "best", self._clock.mark)
         self._optimizer = build_optimizer(model, OptimConfig(), precision)
@@ -64,6 +69,8 @@ class Steps:
         nats = self._add(self._batch, WORLD * ROWS * CONTEXT, self._exchange.final if way == OVERLAP else None)
         if way == ONE_NUMBER:
             self._ranks.start_sum(nats)()
+        elif way == MEMORY:
+            self._memory.finish(nats)
         else:
             self._exchange.finish(nats)
         self._clock.mark("exchange")

@@ -23,7 +23,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import LoggingConfig
 
 from nanochat.bench.measure import Measurement, measurement
@@ -35,6 +35,7 @@ from pipelines.bench.processes import cpu_seconds, descendants, name, paused
 from pipelines.bench.ranks import RankSetup, serve
 from pipelines.ray_local import ray_running
 from pipelines.stages._fit import SAY_EVERY_S, followed_board
+from pipelines.stages._trainer import LeanTrainer
 
 STARTS = 3  # of Ray's workers, one after the other
 SETTLE_S = 3.0  # for what Ray has to catch up on after it was stopped
@@ -141,7 +142,7 @@ def _by_ray(world: int, setup: RankSetup, folder: Path) -> Iterator[tuple[Group,
     stamps = folder / f"stamps-{uuid.uuid4().hex[:8]}"
     with listening(folder) as (server, door), followed_board(lambda *said: None) as board:
         group = Group(world)
-        trainer = TorchTrainer(
+        trainer = LeanTrainer(
             _work,
             train_loop_config={"door": door, "board": board},
             torch_config=_Timed(backend="gloo", stamps=str(stamps)),

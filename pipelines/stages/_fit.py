@@ -20,7 +20,7 @@ import ray
 import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 from ray.train.v2.api.config import LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -37,6 +37,7 @@ from pipelines.artifacts import Dir
 from pipelines.curves import EVENTS, TRACE, LiveCurves, Observer, Row, event_file, numbers, summary, traced
 from pipelines.runner import Job, Progress
 from pipelines.spec import Place
+from pipelines.stages._trainer import LeanTrainer
 
 STEPS = "steps.jsonl"  # one line a step, in the artifact
 SAY_EVERY_S = 1.0
@@ -111,7 +112,7 @@ def fit(job: Job, task: Fit) -> dict[str, float]:
     resources = {"CPU": place.cpus} | ({"GPU": 1} if place.gpu else {})
     store.remove(address, RAY_FILES)  # of a driver that was killed
     with _watching(job) as board:
-        trainer = TorchTrainer(
+        trainer = LeanTrainer(
             _work,
             train_loop_config={"task": task, "out": job.out, "work": job.work, "place": place, "board": board},
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if place.gpu else "gloo"),

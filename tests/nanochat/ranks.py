@@ -7,9 +7,11 @@ import datetime
 import os
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -20,7 +22,7 @@ from nanochat.config import OptimConfig
 from nanochat.data import Batch
 from nanochat.model import GPT
 from nanochat.optim import build_optimizer
-from nanochat.parallel import Ranks
+from nanochat.parallel import Pending, Ranks
 from nanochat.train import Loader, TrainPlan, train
 from tests.nanochat.sizes import VOCAB, small
 
@@ -43,6 +45,17 @@ class Case:
     shard: bool = False
     slow_s: float = 0.0  # that the last rank's batches take to come
     spoiled: tuple[int, float] | None = None  # the last rank's gradient of this step is multiplied by this number
+    messages: bool = False  # as if one rank could share no memory with the others
+
+
+class Noting(Ranks):
+    """Notes the largest tensor that was sent."""
+
+    largest = 0
+
+    def start_sum(self, tensor: Tensor) -> Pending:
+        self.largest = max(self.largest, tensor.numel())
+        return super().start_sum(tensor)
 
 
 def loader(case: Case, rank: int) -> Loader:
@@ -104,7 +117,7 @@ def run_case(rank: int, case: Case, folder: Path) -> None:
             world_size=case.world,
             timeout=datetime.timedelta(seconds=60),
         )
-    ranks = Ranks(rank, case.world)
+    ranks = Noting(rank, case.world)
     optim = OptimConfig(name=case.optim, matrix_lr=0.01, embed_lr=0.02, warmdown=0.5)
     config = small(2, context=CONTEXT)
     if case.precision == "bf16":
@@ -117,7 +130,9 @@ def run_case(rank: int, case: Case, folder: Path) -> None:
     batches = loader(case, rank)
     if case.spoiled is not None and rank == case.world - 1:
         batches = spoil(model, batches, *case.spoiled)
-    done = list(train(model, optimizer, batches, plan, ranks=None if alone else ranks))
+    forbidden = patch("os.memfd_create", side_effect=PermissionError) if case.messages and rank == 1 else nullcontext()
+    with forbidden:
+        done = list(train(model, optimizer, batches, plan, ranks=None if alone else ranks))
     state = optimizer.state_dict()
     result = {name: weight.detach().cpu() for name, weight in model.named_parameters()}
     result["losses"] = torch.tensor([step.loss for step in done], dtype=torch.float64)
@@ -126,6 +141,7 @@ def run_case(rank: int, case: Case, folder: Path) -> None:
     more["kept_bytes"] = torch.tensor(kept_bytes(state.values()))
     more["skews"] = torch.tensor([step.skew_s for step in done])
     more["skipped"] = torch.tensor([step.skipped for step in done])
+    more["largest"] = torch.tensor(ranks.largest)
     more["most"] = torch.tensor(ranks.most(float(rank)))
     save_file(more, folder / f"{case.name}-{rank}-more.safetensors")
     if not alone:

@@ -24,6 +24,9 @@ CASES = [
     Case("one", world=1, rows=4, micro=2, steps=LONG),
     *(Case(f"ddp-{world}", world, rows=4, micro=2, steps=LONG) for world in (2, 3, 4)),
     *(Case(f"zero-{world}", world, rows=4, micro=2, steps=LONG, shard=True) for world in (2, 3, 4)),
+    *(Case(f"sent-{world}", world, rows=4, micro=2, steps=LONG, messages=True) for world in (2, 4)),
+    Case("sent-zero-3", 3, rows=4, micro=2, steps=LONG, shard=True, messages=True),
+    Case("one-by-one", world=1, rows=4, micro=1, steps=LONG),
     Case("one-bf16", world=1, rows=4, micro=2, precision="bf16"),
     Case("two-bf16", world=2, rows=4, micro=2, precision="bf16"),
     Case("zero-bf16", world=2, rows=4, micro=2, precision="bf16", shard=True),
@@ -80,10 +83,28 @@ def test_training_moves_the_weights(results: dict[str, list[Result]]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("two", "one"), [("ddp-2", "one"), ("two-bf16", "one-bf16")])
+@pytest.mark.parametrize(("two", "one"), [("ddp-2", "one"), ("two-bf16", "one-bf16"), ("sent-2", "one")])
 def test_two_ranks_are_two_accumulation_steps_bit_for_bit(results: dict[str, list[Result]], two: str, one: str) -> None:
     assert not differing(weights_and_losses(results[two][0]), weights_and_losses(results[one][0]))
     assert not differing(state_of(results[two]), state_of(results[one]))
+
+
+@pytest.mark.slow
+def test_in_shared_memory_four_ranks_are_four_accumulation_steps_bit_for_bit(results: dict[str, list[Result]]) -> None:
+    four, one = (weights_and_losses(results[name][0]) for name in ("ddp-4", "one-by-one"))
+    torch.testing.assert_close(four.pop("losses"), one.pop("losses"), rtol=1e-12, atol=0)  # nats are sent
+    assert not differing(four, one)
+    assert not differing(state_of(results["ddp-4"]), state_of(results["one-by-one"]))
+
+
+@pytest.mark.slow
+def test_gradients_are_sent_only_where_a_rank_can_share_no_memory(results: dict[str, list[Result]]) -> None:
+    for name, ranks in results.items():
+        for result in ranks[1:]:
+            if name.startswith("sent-"):
+                assert result["largest"] > 10_000
+            else:
+                assert result["largest"] == 3 * len(ranks)  # where each rank's memory is
 
 
 @pytest.mark.slow
@@ -102,6 +123,8 @@ def test_all_ranks_end_with_the_same_bits(results: dict[str, list[Result]]) -> N
     ("many", "one"),
     [
         *((f"{way}-{world}", "one") for way in ("ddp", "zero") for world in (2, 3, 4)),
+        ("sent-4", "one"),
+        ("sent-zero-3", "one"),
         ("zero-adamw", "one-adamw"),
         ("three-chat", "one-chat"),
         ("three-chat-few", "one-chat-few"),
@@ -173,6 +196,9 @@ class Listening(Ranks):
     def start_sum(self, tensor: Tensor) -> Pending:
         self.started.append(tensor)
         return self._wait
+
+    def most(self, value: float) -> float:
+        return 1.0  # the other can share no memory
 
     def _wait(self) -> None:
         self.waited += 1
