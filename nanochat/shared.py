@@ -34,13 +34,13 @@ def shared_zeros(numel: int, ranks: Ranks) -> list[Tensor] | None:
             seen.append(_memory_of(process, file, written, size))
     except OSError:
         pass
-    if ranks.most(ranks.world - len(seen)):
-        seen.clear()
-    elif ranks.rank < len(seen):
-        seen[ranks.rank][:8] = bytes(8)
+    missing = ranks.most(ranks.world - len(seen))
     if own >= 0:
         os.close(own)
-    return [torch.frombuffer(memory, dtype=torch.float32) for memory in seen] or None
+    if missing:
+        return None
+    seen[ranks.rank][:8] = bytes(8)  # all have read it
+    return [torch.frombuffer(memory, dtype=torch.float32) for memory in seen]
 
 
 class SharedExchange:
