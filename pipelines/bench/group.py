@@ -91,7 +91,8 @@ def torchrun(world: int, setup: RankSetup, folder: Path) -> Iterator[tuple[Group
     with listening(folder) as (server, door):
         group = Group(world)
         run = ["torch.distributed.run", "--standalone", f"--nproc-per-node={world}", "-m", "pipelines.bench.ranks"]
-        process = subprocess.Popen([sys.executable, "-m", *run, door], stdout=subprocess.DEVNULL)
+        threads = f"OMP_NUM_THREADS={setup.threads}"  # else torchrun warns that it sets this to 1
+        process = subprocess.Popen(["env", threads, sys.executable, "-m", *run, door], stdout=subprocess.DEVNULL)
         try:
             group.meet(server, setup, lambda: process.poll() is None)
             yield group, {process.pid, *descendants(process.pid)}
