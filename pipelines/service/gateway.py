@@ -18,6 +18,7 @@ from nanochat.tokenizer import Vocabulary
 from pipelines.service.failover import Continued
 from pipelines.service.keys import Keys
 from pipelines.service.replicas import Replicas
+from pipelines.service.turns import take_short_turns
 from pipelines.service.web import make_app
 
 BACKLOG = 1_024  # connections that wait to be accepted
@@ -31,6 +32,7 @@ class Gateway:
     """
 
     def __init__(self, host: str, port: int, drain_s: float, *replicas: DeploymentHandle) -> None:
+        take_short_turns()
         # The handles are there because Serve deploys what a deployment is bound to.
         self._host, self._port, self._drain_s = host, port, drain_s
         self._told: dict[str, Any] = {}

@@ -20,6 +20,7 @@ from pipelines.service.calls import Heard
 from pipelines.service.loading import load_engine, smoke
 from pipelines.service.protocol import Answer, OverloadedError, ReplicaLostError
 from pipelines.service.scaling import report
+from pipelines.service.turns import take_short_turns
 from pipelines.service.worker import Sink, Worker
 from pipelines.spec import Capacity
 
@@ -63,6 +64,7 @@ class Replica:
     """Loads a bundle and runs one engine in a thread. Raises RuntimeError where the model says nothing sane."""
 
     def __init__(self, bundle: Bundle, capacity: Capacity) -> None:
+        take_short_turns()  # the threads of the engine are begun after it
         engine = load_engine(bundle.files, bundle.dtype, capacity)
         smoke(engine)
         self._bundle = bundle
