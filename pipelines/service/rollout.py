@@ -37,7 +37,7 @@ REPLIES_S = 300  # replies that run have so long when another bundle takes their
 KEPT: dict[str, Any] = {"_internal": True, "version": "1"}
 QUIET = LoggingConfig(log_level="WARNING", enable_access_log=False)
 
-logging.getLogger("ray.serve").setLevel(logging.WARNING)  # the user reads what deploy.py says
+logging.getLogger("ray.serve").setLevel(logging.ERROR)  # the user reads what deploy.py says
 
 
 @dataclass(frozen=True)
