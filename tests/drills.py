@@ -91,8 +91,8 @@ class Base:
 
     def taken(self) -> list[dict[str, Any]]:
         """What rank took which rows for which step, in the order of time (tests/rows)."""
-        lines = self.rows_file.read_text().splitlines() if self.rows_file.exists() else []
-        return [json.loads(line) for line in lines]
+        lines = self.rows_file.read_text().splitlines(keepends=True) if self.rows_file.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half written
 
     def applied(self) -> dict[int, list[str]]:
         """Step -> the rows of its global batch, as they were taken the last time: those before were lost."""

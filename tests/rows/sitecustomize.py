@@ -29,8 +29,8 @@ def watch(loader: Any) -> None:
         batches, count = take(self, number)
         rows = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for batch in batches for row in batch.tokens.numpy()]
         line = {"step": number + 1, **self.place, "at": time.time(), "rows": rows}
-        with (Path.home() / "rows.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        with (Path.home() / "rows.jsonl").open("ab", buffering=0) as file:
+            file.write(json.dumps(line).encode() + b"\n")  # in one piece: another rank may write at the same moment
         return batches, count
 
     loader.__init__, loader.step = init, step
