@@ -1,7 +1,8 @@
 """One copy of the model behind Ray Serve: tokens in, tokens out. Text and HTTP are the gateway's.
 
 A gateway asks by `submit` and hears all its requests on one stream, `outputs`: a message a step. A message a token,
-as a stream for each request would send it, costs Ray about 0.6 ms of Python, and a step of 32 tokens takes 30.
+as a stream for each request would send it, costs Ray about 0.6 ms of Python, and a step of 32 tokens takes 30. To a
+gateway of the same machine the messages go through a pipe (pipe.py), and the stream only says that both are there.
 
 deploy.py makes a deployment of it; the class itself needs Ray only to know its own name.
 """
@@ -18,6 +19,7 @@ from pipelines.service.admission import Admission
 from pipelines.service.bundle import Bundle
 from pipelines.service.calls import Heard
 from pipelines.service.loading import load_engine, smoke
+from pipelines.service.pipe import Address, Speaker
 from pipelines.service.protocol import Answer, OverloadedError, ReplicaLostError
 from pipelines.service.scaling import report
 from pipelines.service.turns import take_short_turns
@@ -38,6 +40,8 @@ class _Client:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     open: dict[int, tuple[int, Callable[[], None]]] = field(default_factory=dict)  # replies left, what cancels them
     listens: bool = False
+    pipe: Speaker | None = None  # through which it hears, where there is one
+    left: bool = False  # nobody reads the pipe any more
 
     def __post_init__(self) -> None:
         self.sink = Sink(self.loop, self.hear)
@@ -53,7 +57,24 @@ class _Client:
                 self.open[number] = left, cancel
             else:
                 del self.open[number]
-        self.news.set()
+        self.tell()
+
+    def tell(self) -> None:
+        """Passes on what waits."""
+        if self.pipe is None:
+            self.news.set()
+        elif self.waiting:
+            try:
+                self.pipe.say(self.waiting)
+            except BrokenPipeError:
+                self.left = True
+                self.news.set()
+            self.waiting = []
+
+    @property
+    def idle(self) -> bool:
+        """It has nothing more to hear."""
+        return not (self.open or self.waiting or (self.pipe and self.pipe.busy))
 
     def cancel(self, number: int) -> None:
         if call := self.open.pop(number, None):
@@ -104,27 +125,35 @@ class Replica:
             asker.loop.call_later(SILENT_S, self._forget_the_deaf, client)
         return Answer(self._name)
 
-    async def outputs(self, replica: str, client: str) -> AsyncGenerator[list[Heard], None]:
-        """All that the gateway's requests hear. Ends when none is open; its end cancels those that are."""
+    async def outputs(
+        self, replica: str, client: str, pipe: Address | None = None
+    ) -> AsyncGenerator[list[Heard], None]:
+        """All that the gateway's requests hear. Ends when none is open; its end cancels those that are.
+
+        pipe: takes it instead, and nothing is yielded, where this process can write to it.
+        """
         if replica != self._name:
             raise ReplicaLostError(f"replica {replica} is gone")
         asker = self._client(client)
-        asker.listens = True
+        asker.listens, asker.pipe = True, Speaker.at(pipe)
+        asker.tell()
         try:
-            while True:
+            while not asker.left:
                 try:
                     async with asyncio.timeout(IDLE_S):
                         await asker.news.wait()
                 except TimeoutError:
-                    if asker.open or asker.waiting:
-                        continue
-                    return
+                    if asker.idle:
+                        return
+                    continue
                 asker.news.clear()
                 message, asker.waiting = asker.waiting, []
                 if message:
                     yield message
         finally:
             self._forget(client)
+            if asker.pipe:
+                asker.pipe.close()
 
     async def cancel(self, replica: str, client: str, number: int) -> None:
         """The gateway's reader of this request has left."""

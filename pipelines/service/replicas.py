@@ -14,6 +14,7 @@ from nanochat.engine.sampler import SampleParams
 from nanochat.engine.sequence import Output
 from nanochat.engine.stats import Stats
 from pipelines.service.calls import Calls
+from pipelines.service.pipe import Listener
 from pipelines.service.prefixes import ledger_of
 from pipelines.service.protocol import OverloadedError, ReplicaLostError
 
@@ -95,16 +96,21 @@ class Replicas:
     async def _listen(self, replica: str) -> None:
         """Hands out what a replica makes, as long as it has requests of ours."""
         why = "the replica has forgotten the request"
+        pipe = Listener(self._calls.hear)
         try:
             while asked := set(self._open[replica]):
-                async for message in self._streaming.outputs.remote(replica, self._name):
-                    self._calls.hear(message)
+                try:
+                    async for message in self._streaming.outputs.remote(replica, self._name, pipe.address):
+                        self._calls.hear(message)
+                finally:
+                    pipe.read()  # what was said before the end
                 if forgotten := asked & self._open[replica]:  # it ends its stream when it has nothing of ours
                     self._calls.hear([(number, ReplicaLostError(why)) for number in forgotten])
                     self._open[replica] -= forgotten
         except Exception as error:
             self._calls.hear([(number, ReplicaLostError(repr(error))) for number in self._open[replica]])
         finally:
+            pipe.close()
             del self._streams[replica], self._open[replica]
 
     def _closed(self, number: int, submitted: "asyncio.Task[str]", *, whole: bool) -> None:

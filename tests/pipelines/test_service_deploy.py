@@ -7,7 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -21,6 +23,7 @@ from pipelines.load import load
 from pipelines.plan import plan
 from pipelines.service.bundle import RefusedError, find_bundle
 from pipelines.service.deploy import Wish, check_port, example, serve
+from pipelines.service.replica import IDLE_S
 from tests.program import SERVE, Program, family, free_port, started, wait_until_gone
 from tests.served import REPLY_TOKENS, build, write_file
 from tests.serving import spoken, sse, tiny_runner
@@ -195,6 +198,34 @@ def test_a_lost_replica_is_replaced_and_what_it_said_is_continued(program: Progr
         text += "".join(pieces)
     assert sse(text)[-1] == "[DONE]", text
     assert spoken(text) == whole
+
+
+def pipes(pid: int) -> set[str]:
+    """Those that a process has open."""
+    found = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            found.add(os.readlink(path))
+    return {name for name in found if name.startswith("pipe:")}
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_replica_and_gateway_share_a_pipe_while_a_reply_runs_and_none_afterwards(program: Program) -> None:
+    body = {"model": "tiny-base", "messages": HELLO, "stream": True, "seed": seed_of_a_long_reply()}
+    names = {
+        name.split("nanochat:")[-1][:7]: pid for pid, name in family(program.process.pid).items() if "nanochat:" in name
+    }
+    gateway, replica = names["Gateway"], names["Replica"]
+    time.sleep(IDLE_S * 2 + 1)  # streams of requests before have ended
+    before = pipes(gateway), pipes(replica)
+    with httpx.stream("POST", f"{program.url}/v1/chat/completions", json=body, timeout=60) as answer:
+        pieces = answer.iter_text()
+        next(pieces)
+        assert len((pipes(gateway) - before[0]) & (pipes(replica) - before[1])) == 1
+        assert "[DONE]" in "".join(pieces)
+    time.sleep(IDLE_S * 2 + 1)
+    assert (pipes(gateway), pipes(replica)) == before
 
 
 @pytest.mark.ray

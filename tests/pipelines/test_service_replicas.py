@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from ray.exceptions import ActorDiedError
 from nanochat.engine.sampler import SampleParams
 from nanochat.engine.sequence import Output
 from pipelines.service.calls import Heard
+from pipelines.service.pipe import Address, Speaker
 from pipelines.service.protocol import Answer, OverloadedError, ReplicaLostError
 from pipelines.service.replicas import Replicas
 
@@ -29,6 +31,7 @@ class Handle:
 
     def __init__(self, *says: Answer | Exception, stream: Callable[[], AsyncGenerator[list[Heard], None]]) -> None:
         self.says, self.stream = list(says), stream
+        self.pipe: Address | None = None  # where the newest stream may speak instead
         self.refused: list[frozenset[str]] = []
         self.cancelled: list[tuple[str, int]] = []
         self.submit, self.outputs, self.cancel = Method(self._submit), Method(self._outputs), Method(self._cancel)
@@ -47,7 +50,8 @@ class Handle:
 
         return answer()
 
-    def _outputs(self, replica: str, client: str) -> AsyncGenerator[list[Heard], None]:
+    def _outputs(self, replica: str, client: str, pipe: Address | None) -> AsyncGenerator[list[Heard], None]:
+        self.pipe = pipe
         return self.stream()
 
     async def _cancel(self, replica: str, client: str, number: int) -> None:
@@ -85,6 +89,24 @@ def test_what_a_replica_makes_is_heard_on_its_stream() -> None:
     handle = Handle(Answer("a"), stream=two_steps)
     assert said(handle) == [1, 2, 3]
     assert handle.cancelled == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="pipes are found under /proc, on Linux")
+@pytest.mark.parametrize("death", [None, ActorDiedError()])
+def test_what_was_said_through_the_pipe_is_heard_before_its_end_is(death: Exception | None) -> None:
+    async def speaks() -> AsyncGenerator[list[Heard], None]:
+        speaker = Speaker.at(handle.pipe)
+        assert speaker is not None
+        async for message in two_steps():
+            speaker.say(message)
+        speaker.close()
+        if death:
+            raise death
+        yield []
+
+    handle = Handle(Answer("a"), stream=speaks)
+    assert said(handle) == [1, 2, 3]
+    assert said(handle) == [1, 2, 3]  # each has a pipe of its own
 
 
 def test_who_refuses_is_not_asked_again_and_the_soonest_wait_is_told() -> None:
