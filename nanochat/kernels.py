@@ -12,7 +12,7 @@ from torch import Tensor
 from nanochat.cpp import Build, load
 
 SOURCE = Path(__file__).parent / "native" / "train.cpp"
-HEADERS = (Path(__file__).parent / "engine" / "native" / "simd.h",)
+HEADERS = tuple(Path(__file__).parent / "engine" / "native" / name for name in ("lanes.h", "simd.h"))
 LANES = 16  # numbers that the code takes at a time
 DEFAULT = Build(compilers=("g++", "c++"))
 

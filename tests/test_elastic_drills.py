@@ -92,11 +92,11 @@ class Node:
 class Cluster:
     """One node, and those that join it, for a `base` with one or two workers."""
 
-    def __init__(self, make: Make) -> None:
+    def __init__(self, make: Make, **settings: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.base = make(
-            {"place.base.workers": "[1, 2]", "place.base.parallel": "zero1"},
+            {"place.base.workers": "[1, 2]", "place.base.parallel": "zero1"} | settings,
             RAY_ADDRESS=f"127.0.0.1:{self.port}",
             RAY_AUTH_MODE="token",
             RAY_AUTH_TOKEN=secrets.token_hex(32),
@@ -136,6 +136,15 @@ class Cluster:
             return one.connect_ex(("127.0.0.1", self.port)) == 0
 
 
+DRAIN = """
+import subprocess, sys, ray
+ray.init(address="auto", log_to_driver=False)
+[node] = [node["NodeID"] for node in ray.nodes() if "node:__internal_head__" not in node["Resources"]]
+reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot", "--deadline-remaining-seconds=60"]
+subprocess.run([sys.argv[1], "drain-node", f"--address={sys.argv[2]}", f"--node-id={node}", *reason], check=True)
+"""
+
+
 @pytest.fixture
 def cluster(make: Make) -> Iterator[Cluster]:
     one = Cluster(make)
@@ -171,6 +180,30 @@ def test_a_lost_worker_and_one_that_comes_back_change_nothing(calm: Base, cluste
     assert [row["step"] for row in base.steps()] == [row["step"] for row in calm.steps()]
     assert base.steps()[-1]["loss"] == pytest.approx(calm.steps()[-1]["loss"], abs=1e-4)
     assert_clean(base)
+
+
+def test_a_node_that_will_be_taken_away_saves_first(calm: Base, make: Make) -> None:
+    """With a minute's notice, as of a spot instance; no checkpoint was due before."""
+    cluster = Cluster(make, **{"place.base.checkpoint_s": "1000"})
+    try:
+        base, second = cluster.base, cluster.join()
+        process = base.start()
+        until(lambda: any(line["rank"] == 1 and line["step"] > 5 for line in base.taken()), process)
+        assert base.committed() == 0
+        drain = [str(BIN / "python"), "-c", DRAIN, str(BIN / "ray"), f"127.0.0.1:{cluster.port}"]
+        subprocess.run(drain, env=base.environment, cwd=base.home, check=True, timeout=60)
+        told = time.time()
+        saved = until(base.committed, process)
+        print(f"saved {time.time() - told:.1f} s after the notice")
+        second.kill()
+        said, _ = process.communicate()
+        assert process.returncode == 0, said
+        assert [group[0]["step"] for group in groups(base)] == [1, saved + 1]
+        assert base.applied() == calm.applied()
+        assert base.steps()[-1]["loss"] == pytest.approx(calm.steps()[-1]["loss"], abs=1e-4)
+        assert_clean(base)
+    finally:
+        cluster.end()
 
 
 def test_death_at_any_moment_loses_nothing_that_was_committed(calm: Base, make: Make) -> None:

@@ -20,14 +20,14 @@ using bf16 = uint16_t;
 constexpr float EPS = 1.1920929e-7f;  // as nanochat/model.py
 constexpr float CAP = 15.0f;          // as nanochat/loss.py; soft_cap of simd.h has the same
 
-INLINE f32x16 wide(u16x16 x) { return (f32x16)(__builtin_convertvector(x, u32x16) << 16); }
+INLINE f32x16 wide(u16x16 x) { return (f32x16)(convert<u32x16>(x) << 16); }
 INLINE f32x16 get(const bf16* from) { return wide(load<u16x16>(from)); }
 INLINE void put(bf16* to, f32x16 x) { store(to, to_bf16(x)); }
 INLINE float number(bf16 x) {
   uint32_t bits = uint32_t(x) << 16;
   return load<float>(&bits);
 }
-INLINE f32x16 positive(f32x16 x) { return x < splat(0.0f) ? splat(0.0f) : x; }  // NaN stays NaN
+INLINE f32x16 positive(f32x16 x) { return pick(x < splat(0.0f), splat(0.0f), x); }  // NaN stays NaN
 
 // Two sums side by side hide the latency of an addition.
 template <class Term>
@@ -50,9 +50,8 @@ INLINE float norm_factor(const bf16* x, int count) {
 // Columns [first, end) of a row of scores take part. Those outside get 0.
 INLINE f32x16 inside(f32x16 x, int at, int first, int end, float outside) {
   if (at >= first && at + LANES <= end) return x;
-  for (int i = 0; i < LANES; i++)
-    if (at + i < first || at + i >= end) x[i] = outside;
-  return x;
+  i32x16 column = lane_numbers() + splat(at);
+  return pick(column < splat(first), splat(outside), pick(column < splat(end), x, splat(outside)));
 }
 
 }  // namespace

@@ -21,6 +21,7 @@ import ray.train
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
+from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.config import LoggingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -35,12 +36,14 @@ from nanochat.parallel import Ranks
 from nanochat.train import StepDone, TrainPlan, train
 from pipelines.artifacts import Dir
 from pipelines.curves import EVENTS, TRACE, LiveCurves, Observer, Row, event_file, numbers, summary, traced
+from pipelines.ray_local import let_watchers_wait
 from pipelines.runner import Job, Progress
 from pipelines.spec import Place
 from pipelines.stages._trainer import LeanTrainer
 
 STEPS = "steps.jsonl"  # one line a step, in the artifact
 SAY_EVERY_S = 1.0
+WATCHERS_S = 30.0  # after which those that wait are looked for again
 GRACE_S = 15.0  # for the workers to save, when the driver is told to end
 RAY_FILES = "ray-train"  # a folder beside work/ for what Ray Train writes for itself; of no use to us
 
@@ -176,8 +179,13 @@ def followed_board(hear: Callable[[Row | None, int], None]) -> Iterator[Any]:
     stop = threading.Event()
 
     def watch() -> None:
+        again = 0.0
         while not stop.wait(SAY_EVERY_S):
-            hear(*ray.get(board.read.remote()))
+            row, committed = ray.get(board.read.remote())
+            if row is not None and time.monotonic() >= again:  # and again: a restart has begun others
+                let_watchers_wait()
+                again = time.monotonic() + WATCHERS_S
+            hear(row, committed)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -265,12 +273,15 @@ def _work(settings: dict[str, Any]) -> None:
 def _take(steps: Iterator[StepDone], saver: Saver, history: list[Row], ranks: Ranks, checkpoint_s: float) -> None:
     """Takes all steps and saves in between, on all ranks after the same ones.
 
-    ToldToEndError after saving, on all ranks, if one was told to end.
+    ToldToEndError after saving, on all ranks, if one was told to end. Of a node that will be taken away it is not: its
+    workers save at once, and train as long as they may.
     """
-    saved = time.monotonic()
+    saved, warned = time.monotonic(), False
     for done in steps:
         busy = saver.busy  # on every rank: it raises what went wrong
         due = ranks.rank == 0 and not busy and time.monotonic() - saved > checkpoint_s
+        if not warned and node_will_go():
+            due = warned = True
         wish = ranks.most(LEAVE if told_to_end.is_set() else SAVE if due else GO_ON)
         if wish == GO_ON or done.step == done.steps:
             continue
@@ -282,6 +293,14 @@ def _take(steps: Iterator[StepDone], saver: Saver, history: list[Row], ranks: Ra
                 f"a worker was told to end; step {done.step} is saved, and the same command goes on from there"
             )
     saver.wait()
+
+
+def node_will_go() -> bool:
+    """Whether Ray has heard that a node of this group is about to be taken away: a spot instance, `ray drain-node`.
+
+    Ray's own `get_preemption_info` asks the first worker each time; our workers agree at the end of each step anyway.
+    """
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def _heed_sigterm(worker: object) -> None:

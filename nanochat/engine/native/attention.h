@@ -18,7 +18,15 @@ namespace nanochat {
 constexpr int BLOCK = 16;  // tokens
 constexpr int SLICE = 2;   // vectors of a value come in twos
 constexpr int VECTOR_BYTES = 64;
+#if defined(NANOCHAT_AVX512)
+constexpr int SUMS = 8;          // vectors of sums that keep the units busy
+constexpr int LEAST = SLICE;     // vectors of a value at a time
 constexpr int TILE_QUERIES = 8;
+#else
+constexpr int SUMS = 4;
+constexpr int LEAST = 1;
+constexpr int TILE_QUERIES = 4;
+#endif
 
 // Sizes of the cache of one layer.
 struct Layout {
@@ -64,8 +72,7 @@ void scores(const Layout& l, const char* const* queries, const char* const* head
       prefetch_far(next[n] + size_t(i) * VECTOR_BYTES);
     }
     UNROLL for (int q = 0; q < QUERIES; q++) {
-      i32x16 x = spread(queries[q] + i * 4);
-      UNROLL for (int n = 0; n < BLOCKS; n++) sums[q][n] = C::dot(sums[q][n], keys[n], x);
+      UNROLL for (int n = 0; n < BLOCKS; n++) sums[q][n] = C::dot_row(sums[q][n], keys[n], queries[q], i);
     }
   }
   UNROLL for (int q = 0; q < QUERIES; q++) {
@@ -77,14 +84,13 @@ void scores(const Layout& l, const char* const* queries, const char* const* head
 // the last block is next to nothing (1e-38), which no sum of 1 or more notices.
 template <class C>
 float weigh(float* at, int last) {
-  constexpr i32x16 ORDER = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   auto* weights = reinterpret_cast<typename C::Number*>(at);
   int full = (last + 1) / BLOCK * BLOCK;
-  i32x16 valid = ORDER < splat(int32_t(last + 1 - full));
+  i32x16 valid = lane_numbers() < splat(int32_t(last + 1 - full));
   f32x16 most = splat(-INFINITY);
   for (int t = 0; t < full; t += BLOCK) most = larger(load<f32x16>(at + t), most);
   if (full <= last) {
-    f32x16 edge = valid ? load<f32x16>(at + full) : splat(-INFINITY);
+    f32x16 edge = pick(valid, load<f32x16>(at + full), splat(-INFINITY));
     store(at + full, edge);
     most = larger(edge, most);
   }
@@ -135,7 +141,7 @@ struct Query {
 // room: QUERIES x stride floats for scores, stride at least the last position rounded up to eight blocks.
 template <class C, int QUERIES>
 void attend(const Layout& l, const Query* queries, const char* const* heads, float* room, size_t stride) {
-  constexpr int WIDE = 8 / QUERIES;  // blocks at a time: enough sums to keep the units busy
+  constexpr int WIDE = SUMS / QUERIES;  // blocks at a time: enough sums to keep the units busy
   const char* vectors[QUERIES];
   for (int q = 0; q < QUERIES; q++) vectors[q] = queries[q].vector;
   int blocks = queries[QUERIES - 1].position / BLOCK + 1, n = 0;
@@ -168,11 +174,13 @@ void attend(const Layout& l, const Query* queries, const char* const* heads, flo
     }
     vector += VECTORS;
   };
-  if constexpr (QUERIES == 1)
+  if constexpr (8 * QUERIES <= SUMS)
     while (vector + 8 <= l.vectors) mixed.template operator()<8>();
-  if constexpr (QUERIES <= 2)
+  if constexpr (4 * QUERIES <= SUMS)
     while (vector + 4 <= l.vectors) mixed.template operator()<4>();
-  while (vector < l.vectors) mixed.template operator()<SLICE>();
+  if constexpr (2 * QUERIES <= SUMS && LEAST == 1)
+    while (vector + 2 <= l.vectors) mixed.template operator()<2>();
+  while (vector < l.vectors) mixed.template operator()<LEAST>();
 }
 
 // Any number of queries of one sequence and head, in order of position.
@@ -180,7 +188,8 @@ template <class C>
 void attend_all(const Layout& l, const std::vector<Query>& queries, const char* const* heads, float* room,
                 size_t stride) {
   size_t at = 0, left = queries.size();
-  for (; left >= 8; at += 8, left -= 8) attend<C, 8>(l, &queries[at], heads, room, stride);
+  for (; left >= TILE_QUERIES; at += TILE_QUERIES, left -= TILE_QUERIES)
+    attend<C, TILE_QUERIES>(l, &queries[at], heads, room, stride);
   if (left & 4) attend<C, 4>(l, &queries[at], heads, room, stride), at += 4;
   if (left & 2) attend<C, 2>(l, &queries[at], heads, room, stride), at += 2;
   if (left & 1) attend<C, 1>(l, &queries[at], heads, room, stride);

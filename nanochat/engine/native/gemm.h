@@ -17,10 +17,18 @@ struct Ahead {
   size_t stride, gap;
 };
 
+constexpr int VECTORS = PANEL / LANES;  // vectors of a panel
+
+// Rows of a tile, and vectors of the panel that it goes over at once: as many as the registers hold.
 #if defined(NANOCHAT_AVX512)
+template <class P>
 constexpr int MOST_ROWS = 14;  // x 2 vectors of sums, 2 of weights and 1 of the row: 31 of 32 registers
+constexpr int width(int) { return VECTORS; }
 #else
-constexpr int MOST_ROWS = 4;
+// Found by trial on Zen 4 with AVX2. fp32: 6 rows x 2 registers of sums, 2 of weights and 1 of the row are 15 of 16.
+template <class P>
+constexpr int MOST_ROWS = P::INPUTS == 1 ? 6 : P::INPUTS == 2 ? 5 : 4;
+constexpr int width(int rows) { return rows <= 3 ? VECTORS : 1; }
 #endif
 
 // Hides from the compiler where a pointer came from: it would keep one of each row in memory instead of adding.
@@ -29,26 +37,33 @@ INLINE const char* opaque(const char* at) {
   return at;
 }
 
-constexpr int VECTORS = PANEL / LANES;  // vectors of a panel
-
 template <class P, int ROWS>
 struct Tile {
+  static constexpr int WIDTH = width(ROWS);
+
   // out: ROWS x VECTORS vectors.
   static void run(const Operand& a, const char* w, const Matrix& m, float* out, Ahead ahead) {
-    f32x16 sums[ROWS][VECTORS] = {};
+    walk(a, w, m, out, ahead);
+    if constexpr (WIDTH < VECTORS) {
+      ahead.at += size_t(m.steps) * ahead.stride;
+      walk(a, w + 64, m, out + LANES, ahead);
+    }
+  }
+
+  static INLINE void walk(const Operand& a, const char* w, const Matrix& m, float* out, Ahead ahead) {
+    f32x16 sums[ROWS][WIDTH] = {};
     for (int i = 0; i < m.steps; i++) {
-      i32x16 b[VECTORS];
-      UNROLL for (int v = 0; v < VECTORS; v++) b[v] = load<i32x16>(w + v * 64);
+      i32x16 b[WIDTH];
+      UNROLL for (int v = 0; v < WIDTH; v++) b[v] = load<i32x16>(w + v * 64);
       prefetch_far(ahead.at);
       prefetch_far(ahead.at + ahead.gap);
       UNROLL for (int r = 0; r < ROWS; r++) {
-        i32x16 x = spread(a.rows + r * a.stride + i * 4);
-        UNROLL for (int v = 0; v < VECTORS; v++) sums[r][v] = P::dot(sums[r][v], b[v], x);
+        UNROLL for (int v = 0; v < WIDTH; v++) sums[r][v] = P::dot_row(sums[r][v], b[v], a.rows + r * a.stride, i);
       }
       w += STEP_BYTES, ahead.at += ahead.stride;
     }
     UNROLL for (int r = 0; r < ROWS; r++) {
-      UNROLL for (int v = 0; v < VECTORS; v++) store(out + (r * VECTORS + v) * LANES, sums[r][v]);
+      UNROLL for (int v = 0; v < WIDTH; v++) store(out + (r * VECTORS + v) * LANES, sums[r][v]);
     }
   }
 };
@@ -57,39 +72,47 @@ struct Tile {
 template <int ROWS>
 struct Tile<Int8, ROWS> {
   static constexpr int STEPS = Int8::GROUP / Int8::INPUTS;
+  static constexpr int WIDTH = width(ROWS);
 
   static void run(const Operand& a, const char* w, const Matrix& m, float* out, Ahead ahead) {
+    walk(a, w, m, out, ahead);
+    if constexpr (WIDTH < VECTORS) {
+      ahead.at += size_t(m.steps) * ahead.stride;
+      walk(a, w + 64, m, out + LANES, ahead);
+    }
+  }
+
+  static INLINE void walk(const Operand& a, const char* w, const Matrix& m, float* out, Ahead ahead) {
     int groups = Int8::groups(m.inputs);
-    f32x16 sums[ROWS][VECTORS] = {};
+    f32x16 sums[ROWS][WIDTH] = {};
     for (int g = 0; g < groups; g++) {
       const char* row = opaque(a.rows + g * Int8::GROUP);
       const char* scales = opaque(a.rows + m.steps * Int8::INPUTS + g * 4);
       const char* starts = opaque(scales + groups * 4);
       int steps = std::min(STEPS, m.steps - g * STEPS);
-      i32x16 whole[ROWS][VECTORS];
+      i32x16 whole[ROWS][WIDTH];
       UNROLL for (int r = 0; r < ROWS; r++) {
         i32x16 start = spread(starts + r * a.stride);
-        UNROLL for (int v = 0; v < VECTORS; v++) whole[r][v] = start;
+        UNROLL for (int v = 0; v < WIDTH; v++) whole[r][v] = start;
       }
       for (int i = 0; i < steps; i++) {
-        i32x16 b[VECTORS];
-        UNROLL for (int v = 0; v < VECTORS; v++) b[v] = load<i32x16>(w + v * 64);
+        i32x16 b[WIDTH];
+        UNROLL for (int v = 0; v < WIDTH; v++) b[v] = load<i32x16>(w + v * 64);
         prefetch_far(ahead.at);
         prefetch_far(ahead.at + ahead.gap);
         UNROLL for (int r = 0; r < ROWS; r++) {
           i32x16 x = spread(row + r * a.stride + i * 4);
-          UNROLL for (int v = 0; v < VECTORS; v++) whole[r][v] = dot_int8(whole[r][v], b[v], x);
+          UNROLL for (int v = 0; v < WIDTH; v++) whole[r][v] = dot_int8(whole[r][v], b[v], x);
         }
         w += STEP_BYTES, ahead.at += ahead.stride;
       }
       UNROLL for (int r = 0; r < ROWS; r++) {
         f32x16 scale = (f32x16)spread(scales + r * a.stride);
-        UNROLL for (int v = 0; v < VECTORS; v++)
-          sums[r][v] = fma(__builtin_convertvector(whole[r][v], f32x16), scale, sums[r][v]);
+        UNROLL for (int v = 0; v < WIDTH; v++) sums[r][v] = fma(convert<f32x16>(whole[r][v]), scale, sums[r][v]);
       }
     }
     UNROLL for (int r = 0; r < ROWS; r++) {
-      UNROLL for (int v = 0; v < VECTORS; v++) store(out + (r * VECTORS + v) * LANES, sums[r][v]);
+      UNROLL for (int v = 0; v < WIDTH; v++) store(out + (r * VECTORS + v) * LANES, sums[r][v]);
     }
   }
 };
@@ -103,7 +126,7 @@ constexpr auto tile_row(std::integer_sequence<int, ROWS...>) {
 }
 
 template <class P>
-constexpr auto TILES = tile_row<P>(std::make_integer_sequence<int, MOST_ROWS>());
+constexpr auto TILES = tile_row<P>(std::make_integer_sequence<int, MOST_ROWS<P>>());
 
 // How far ahead of its own stream a tile asks for memory. Found by trial on Zen 4, 1 to 14 rows: a tile of few rows is
 // as fast as memory and is served best by the machine's own reading ahead, one of many rows computes meanwhile.
@@ -120,16 +143,18 @@ struct Target {
 template <class P, class Finish>
 void multiply(const Operand& a, int rows, const Matrix& m, int panel, int count, const Target& target,
               Finish&& finish) {
-  int tiles = (rows + MOST_ROWS - 1) / MOST_ROWS;
-  alignas(64) float out[MOST_ROWS * PANEL];
+  int tiles = (rows + MOST_ROWS<P> - 1) / MOST_ROWS<P>;
+  int walks = VECTORS / width((rows + tiles - 1) / tiles);  // of a tile
+  alignas(64) float out[MOST_ROWS<P> * PANEL];
   for (int end = panel + count; panel < end; panel++) {
     const char* w = m.weights.as() + size_t(panel) * m.panel_bytes;
     for (int t = 0, row = 0; t < tiles; t++) {
       int height = rows / tiles + (t < rows % tiles), column = panel * PANEL;
-      // One tile: its own stream a little further on. Several: each fetches its share of the next panel.
-      size_t share = STEP_BYTES / size_t(tiles);
-      Ahead ahead = tiles == 1 ? Ahead{w + distance(rows), STEP_BYTES, 64}
-                               : Ahead{w + m.panel_bytes + size_t(t) * share * size_t(m.steps), share, share / 2};
+      // One walk: its own stream a little further on. Several: each fetches its share of the next panel.
+      size_t share = STEP_BYTES / size_t(tiles * walks);
+      Ahead ahead = tiles * walks == 1
+                        ? Ahead{w + distance(rows), STEP_BYTES, 64}
+                        : Ahead{w + m.panel_bytes + size_t(t * walks) * share * size_t(m.steps), share, share / 2};
       for (int r = 0; r < height; r++)
         for (size_t i = 0; i < PANEL * target.size; i += 64)
           __builtin_prefetch(target.of(row + r, column) + i, 1);

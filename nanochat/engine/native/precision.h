@@ -33,6 +33,11 @@ struct Fp32 {
 
   static INLINE f32x16 dot(f32x16 sum, i32x16 weights, i32x16 row) { return fma((f32x16)weights, (f32x16)row, sum); }
 
+  // Step i of a row meets weights.
+  static INLINE f32x16 dot_row(f32x16 sum, i32x16 weights, const char* row, int i) {
+    return dot(sum, weights, spread(row + i * 4));
+  }
+
   static INLINE void put(Number* to, f32x16 x) { store(to, x); }
 
   static void fill(char* row, const float* from, int inputs, float scale) {
@@ -41,32 +46,56 @@ struct Fp32 {
   }
 };
 
+// Where pairs of bf16 have to be taken apart, those of a row are held as floats: once is enough.
 struct Bf16 {
   static constexpr int INPUTS = 2;
   static constexpr int PADDED = 2;
   using Cache = Bf16;
   using Number = uint16_t;
-  static size_t row_bytes(int inputs) { return size_t(inputs + 31) / 32 * 64; }
+#if defined(NANOCHAT_AVX512)
+  static constexpr int ROW_BYTES = 2;  // of an input of a row
+#else
+  static constexpr int ROW_BYTES = 4;
+#endif
+  static size_t row_bytes(int inputs) { return size_t(inputs + 31) / 32 * 32 * ROW_BYTES; }
 
   static INLINE f32x16 dot(f32x16 sum, i32x16 weights, i32x16 row) { return dot_bf16(sum, weights, row); }
 
   static INLINE void put(Number* to, f32x16 x) { store(to, to_bf16(x)); }
 
+  static INLINE void put_row(char* to, f32x16 x) {
+    if constexpr (ROW_BYTES == 2)
+      store(to, to_bf16(x));
+    else
+      store(to, round_bf16(x) << 16);
+  }
+
+  // The pair of step i of a row meets pairs of weights.
+  static INLINE f32x16 dot_row(f32x16 sum, i32x16 weights, const char* row, int i) {
+    if constexpr (ROW_BYTES == 2) {
+      return dot(sum, weights, spread(row + i * 4));
+    } else {
+      f32x16 first = (f32x16)spread(row + i * 8), second = (f32x16)spread(row + i * 8 + 4);
+      return fma(even(weights), first, fma(odd(weights), second, sum));
+    }
+  }
+
   static void fill(char* row, const float* from, int inputs, float scale) {
     int i = 0;
-    for (; i + LANES <= inputs; i += LANES) store(row + i * 2, to_bf16(load<f32x16>(from + i) * splat(scale)));
-    if (i < inputs) store(row + i * 2, to_bf16(load_some(from + i, inputs - i) * splat(scale)));
+    for (; i + LANES <= inputs; i += LANES) put_row(row + i * ROW_BYTES, load<f32x16>(from + i) * splat(scale));
+    if (i < inputs) put_row(row + i * ROW_BYTES, load_some(from + i, inputs - i) * splat(scale));
   }
 };
 
-// Weights are whole numbers times a scale of their column, stored plus 128 because the multiplier wants one side
+// Weights are whole numbers times a scale of their column, stored plus FLIP where the multiplier wants one side
 // unsigned; rows are whole numbers times a scale of each 128 inputs, since ReLU^2 leaves a few that are far larger than
-// the rest. The 128 adds 128 times a row's sum to every column, so each group starts from that number below zero.
+// the rest. FLIP adds as many times a row's sum to every column, so each group starts from that number below zero.
 // A row is its int8, then the scales of its groups, then the starts. The last group may be half as long.
 struct Int8 {
   static constexpr int INPUTS = 4;
   static constexpr int PADDED = 64;
   static constexpr int GROUP = 128;
+  static constexpr int FLIP = UNSIGNED_WEIGHTS ? 128 : 0;
   using Cache = Bf16;
   static int bytes(int inputs) { return (inputs + PADDED - 1) / PADDED * PADDED; }
   static int groups(int inputs) { return (inputs + GROUP - 1) / GROUP; }
@@ -93,7 +122,7 @@ struct Int8 {
     i32x16 most = {}, total = {};
     UNROLL for (int v = 0; v < GROUP / LANES; v++) {
       i32x16 bits = (i32x16)x[v] & splat(int32_t(0x7fffffff));
-      most = bits > most ? bits : most;
+      most = larger(bits, most);
     }
     int32_t top = largest(most);
     float peak = load<float>(&top);
@@ -103,9 +132,9 @@ struct Int8 {
       f32x16 shifted = fma(x[v], splat(inverse), splat(ROUND));
       i32x16 whole = (i32x16)shifted - splat(int32_t(0x4b400000));
       total += whole;
-      store(to + v * LANES, __builtin_convertvector(whole, i8x16));
+      store(to + v * LANES, convert<i8x16>(whole));
     }
-    *start = -128 * sum(total);
+    *start = -FLIP * sum(total);
   }
 };
 
@@ -135,7 +164,7 @@ struct Matrix {
 };
 
 // Columns [from, to) of a source matrix (outputs, inputs), row-major, go to columns first + from ... of `m`.
-// Element: 32, 16 or 8 bits as the matrix holds them; `flip` turns int8 into int8 + 128.
+// Element: 32, 16 or 8 bits as the matrix holds them; `flip` 128 turns int8 into int8 + 128.
 template <class Element>
 void pack(const Matrix& m, const Element* source, int first, int from, int to, Element flip) {
   constexpr int PER = 4 / int(sizeof(Element));

@@ -154,9 +154,10 @@ class Model {
     int inner = row_stride(4 * s_.width);
     if constexpr (std::is_same_v<P, Bf16>) {
       size_t stride = spread_stride(Bf16::row_bytes(inner));
-      multiply_all(me, normed, rows, w.fc1, Target{room_.inner.as(), stride, 2},
+      multiply_all(me, normed, rows, w.fc1, Target{room_.inner.as(), stride, Bf16::ROW_BYTES},
                    [](char* to, int, f32x16 low, f32x16 high) {
-                     store(to, to_bf16(relu_squared(low))), store(to + 32, to_bf16(relu_squared(high)));
+                     Bf16::put_row(to, relu_squared(low));
+                     Bf16::put_row(to + LANES * Bf16::ROW_BYTES, relu_squared(high));
                    });
       multiply_all(me, Operand{room_.inner.as(), stride}, rows, w.fc2, residual, add);
     } else {
@@ -184,7 +185,7 @@ class Model {
 
   // NaN stays NaN.
   static INLINE f32x16 relu_squared(f32x16 x) {
-    x = x < splat(0.0f) ? splat(0.0f) : x;
+    x = pick(x < splat(0.0f), splat(0.0f), x);
     return x * x;
   }
 
@@ -290,7 +291,7 @@ class Model {
     int group = m.panels >= 16 * s_.threads ? 4 : m.panels >= 6 * s_.threads ? 2 : 1;
     int units = (m.panels + group - 1) / group;
     // With few panels and many rows the rows are divided as well.
-    int parts = std::max(1, std::min((rows + MOST_ROWS - 1) / MOST_ROWS, 4 * s_.threads / units));
+    int parts = std::max(1, std::min((rows + MOST_ROWS<P> - 1) / MOST_ROWS<P>, 4 * s_.threads / units));
     for (int i; (i = tickets_.next(me.phase)) < units * parts;) {
       int part = i % parts, panel = i / parts * group;
       int from = int(int64_t(rows) * part / parts), to = int(int64_t(rows) * (part + 1) / parts);
@@ -319,7 +320,7 @@ class Model {
     tickets_.reset();
     auto job = [&](int) {
       for (int from; (from = tickets_.next(0) * PANEL) < columns;)
-        pack<Source>(m, source, first, from, std::min(columns, from + PANEL), P::INPUTS == 4 ? 128 : 0);
+        pack<Source>(m, source, first, from, std::min(columns, from + PANEL), P::INPUTS == 4 ? Int8::FLIP : 0);
     };
     pool_.run(job);
     if (scales) std::memcpy(m.scales.as<float>() + first, scales, size_t(columns) * 4);
