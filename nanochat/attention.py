@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from nanochat.products import through_fp32
+
 SHORT = 512  # tokens of a row up to which whole matrices beat tiles on a CPU
 
 
@@ -56,6 +58,8 @@ class Rows:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, keys: Keys, layer: int) -> Tensor:
     """Softmax attention with scale D ** -0.5. q (B, T, H, D), new k and v (B, T, K, D) -> (B, T, H, D)."""
+    if through_fp32(q):
+        return attend(q.float(), k.float(), v.float(), keys, layer).to(q.dtype)
     tokens = q.shape[1]
     all_k, all_v = keys.extend(k.transpose(1, 2), v.transpose(1, 2), layer)
     mask = keys.mask(tokens, q.device)

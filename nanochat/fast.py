@@ -16,6 +16,7 @@ from nanochat.data import Batch
 from nanochat.kernels import Kernels
 from nanochat.model import GPT, Block, Linear, rotary_table
 from nanochat.optim import gradient_of
+from nanochat.products import add_bmm, addmm, bmm, mm
 
 QUERIES = 256  # tokens whose scores are made at a time: keys after the last of them are left out
 KEPT = 512  # tokens of a row up to which the chances of attention are kept for the backward pass, not made again
@@ -134,7 +135,7 @@ class FastBackward:
         n, width = layer.x.shape
         normed, qkv = self._room("normed", n, width), self._room("three", n, len(layer.qkv))
         self._do("norm", layer.x, normed, n, width)
-        torch.mm(normed, layer.qkv.T, out=qkv)
+        mm(normed, layer.qkv.T, out=qkv)
         self._do(
             "split_heads",
             *(qkv, self._cos, self._sin, layer.q, layer.k, layer.v, layer.factors),
@@ -143,14 +144,14 @@ class FastBackward:
         y = self._room("heads", *layer.q.shape)
         for number, (begin, end) in enumerate(self._blocks()):
             chances = self._chances(layer, number, first)
-            _bmm(chances, layer.v[:, :end], self._queries(y, begin, end))
+            bmm(chances, layer.v[:, :end], self._queries(y, begin, end))
         self._do("swap", y, layer.y, sizes=self._swap_sizes())
-        torch.addmm(layer.x, layer.y, layer.out.T, out=layer.middle)
+        addmm(layer.x, layer.y, layer.out.T, out=layer.middle)
         self._do("norm", layer.middle, normed, n, width)
         square = self._room("square", n, 4 * width)
-        torch.mm(normed, layer.fc1.T, out=layer.hidden)
+        mm(normed, layer.fc1.T, out=layer.hidden)
         self._do("relu", layer.hidden, square, square.numel())
-        torch.addmm(layer.middle, square, layer.fc2.T, out=result)
+        addmm(layer.middle, square, layer.fc2.T, out=result)
 
     def _backward(self, layer: Layer, gradient: Tensor, first: Tensor | None) -> None:
         """gradient (N, C): by the block's result; becomes that by what came in."""
@@ -158,24 +159,24 @@ class FastBackward:
         attention, mlp = layer.block.self_attn, layer.block.mlp
         normed, d_normed = self._room("normed", n, width), self._room("d_normed", n, width)
         square, d_hidden = self._room("square", n, 4 * width), self._room("d_hidden", n, 4 * width)
-        torch.mm(gradient, layer.fc2, out=d_hidden)
+        mm(gradient, layer.fc2, out=d_hidden)
         self._do("relu_back", layer.hidden, d_hidden, square, square.numel())
         self._add((mlp.fc2,), gradient, square)
         self._do("norm", layer.middle, normed, n, width)
         self._add((mlp.fc1,), d_hidden, normed)
-        torch.mm(d_hidden, layer.fc1, out=d_normed)
+        mm(d_hidden, layer.fc1, out=d_normed)
         self._do("norm_back", layer.middle, d_normed, gradient, gradient, n, width)
 
         d_y, d_heads = self._room("d_y", *layer.y.shape), self._room("d_heads", *layer.q.shape)
         self._add((attention.o_proj,), gradient, layer.y)
-        torch.mm(gradient, layer.out, out=d_y)
+        mm(gradient, layer.out, out=d_y)
         rows, key_heads, tokens, inner = self._swap_sizes()
         self._do("swap", d_y, d_heads, sizes=(rows, tokens, key_heads, inner))
         d_qkv = self._room("three", n, len(layer.qkv))
         self._attention_back(layer, d_heads, d_qkv, first)
         self._do("norm", layer.x, normed, n, width)
         self._add((attention.q_proj, attention.k_proj, attention.v_proj), d_qkv, normed)
-        torch.mm(d_qkv, layer.qkv, out=d_normed)
+        mm(d_qkv, layer.qkv, out=d_normed)
         self._do("norm_back", layer.x, d_normed, gradient, gradient, n, width)
 
     def _attention_back(self, layer: Layer, d_heads: Tensor, d_qkv: Tensor, first: Tensor | None) -> None:
@@ -188,15 +189,15 @@ class FastBackward:
             chances = self._chances(layer, number, first) if again else layer.chances[number]
             q, d_y = self._queries(layer.q, begin, end), self._queries(d_heads, begin, end)
             d_scores = self._room("d_scores", *chances.shape)
-            _bmm(d_y, layer.v[:, :end].mT, d_scores)
+            bmm(d_y, layer.v[:, :end].mT, d_scores)
             self._do("softmax_back", chances, d_scores, self._size**-0.5, sizes=self._block_sizes(begin, end))
-            _bmm(d_scores, layer.k[:, :end], self._queries(d_q, begin, end))
+            bmm(d_scores, layer.k[:, :end], self._queries(d_q, begin, end))
             last = number == len(blocks) - 1
             for to, left, right in ((d_k, d_scores, q), (d_v, chances, d_y)):
                 if last:
-                    _bmm(left.mT, right, to)
+                    bmm(left.mT, right, to)
                 else:
-                    to[:, :end].baddbmm_(left.mT, right)
+                    add_bmm(left.mT, right, to[:, :end])
         self._do(
             "split_heads_back",
             *(layer.q, layer.k, d_q, d_k, d_v, self._cos, self._sin, layer.factors, d_qkv),
@@ -215,13 +216,13 @@ class FastBackward:
         for begin in range(0, n, HEAD_ROWS):
             at = slice(begin, min(begin + HEAD_ROWS, n))
             logits = self._room("square", at.stop - begin, len(weight))
-            torch.mm(hidden[at], weight.T, out=logits)
+            mm(hidden[at], weight.T, out=logits)
             self._do("cross_entropy", logits, targets[at], nats[at], shares[at], *logits.shape)
             shares[at] /= count
             self._do("scale_rows", hidden[at], shares[at], scaled[at], len(logits), width)
-            torch.mm(logits.T, scaled[at], out=part)
+            mm(logits.T, scaled[at], out=part)
             self._do("add", d_weight, part, part.numel())
-            torch.mm(logits, weight, out=hidden[at])
+            mm(logits, weight, out=hidden[at])
             self._do("scale_rows", hidden[at], shares[at], hidden[at], len(logits), width)
         gradient_of(linear.weight).add_(d_weight)
         self._final(linear.weight)
@@ -240,7 +241,7 @@ class FastBackward:
         A micro-batch is added at once, so that sums over micro-batches and over ranks have the same order.
         """
         product = self._room("d_weight", d_result.shape[1], x.shape[1])
-        torch.mm(d_result.T, x, out=product)
+        mm(d_result.T, x, out=product)
         for linear, part in zip(linears, torch.split(product, [len(linear.weight) for linear in linears]), strict=True):
             self._do("add", gradient_of(linear.weight), part, part.numel())
             self._final(linear.weight)
@@ -249,7 +250,7 @@ class FastBackward:
         """Of one block of queries, into its place in `layer.chances`."""
         begin, end = self._blocks()[number]
         chances = layer.chances[number]
-        _bmm(self._queries(layer.q, begin, end), layer.k[:, :end].mT, chances)
+        bmm(self._queries(layer.q, begin, end), layer.k[:, :end].mT, chances)
         self._do("softmax", chances, first, self._size**-0.5, sizes=self._block_sizes(begin, end))
         return chances
 
@@ -283,13 +284,6 @@ class FastBackward:
 
 def ignore(_: object) -> None:
     """A `Final` or `Mark` of somebody who does not want to know."""
-
-
-def _bmm(a: Tensor, b: Tensor, out: Tensor) -> None:
-    if out.is_contiguous():
-        torch.bmm(a, b, out=out)
-    else:
-        out.copy_(torch.bmm(a, b))
 
 
 def _begins(segments: Tensor) -> Tensor:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanochat.products import mm, product
+
 CAP = 15.0  # of the logits; at most about 80, or exp would overflow
 CHUNK = 1024  # positions; at a vocabulary of 32,768 a chunk's fp32 logits take 128 MiB
 
@@ -47,8 +49,8 @@ class _SummedNats(torch.autograd.Function):
         for h, t, d_h in zip(*_split(chunk, hidden, targets, d_hidden), strict=True):
             sums.append(work.nats(h, t).sum())
             d_logits = work.d_logits(t)
-            torch.mm(d_logits, work.weight, out=d_h)
-            d_weight += d_logits.T @ h
+            mm(d_logits, work.weight, out=d_h)
+            d_weight += product(d_logits.T, h)
         ctx.save_for_backward(d_hidden, d_weight)
         return torch.stack(sums).sum()
 
@@ -77,7 +79,7 @@ class _Chunk:
         """hidden (n, C), targets (n,) -> nats (n,), 0 where the target is -1."""
         n = len(targets)
         tanh, exp = self._tanh[:n], self._exp[:n]
-        tanh.copy_(torch.mm(hidden, self.weight.T, out=self._low[:n])).div_(CAP).tanh_()
+        tanh.copy_(mm(hidden, self.weight.T, out=self._low[:n])).div_(CAP).tanh_()
         torch.mul(tanh, CAP, out=exp).exp_()
         self._total = exp.sum(1)
         chosen = CAP * tanh.gather(1, targets.clamp(min=0)[:, None]).squeeze(1)

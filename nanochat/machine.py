@@ -42,6 +42,8 @@ def stated_flops_per_s(gpu: str) -> float | None:
 
 def measured_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
     """The best that a product of square matrices reaches here, in fp32 by the way that torch takes by itself."""
+    if dtype == torch.bfloat16 and device.type == "cpu" and not cpu_has_bf16():
+        dtype = torch.float32  # as nanochat/products.py does
     size = 8192 if device.type == "cuda" else 1024  # on two cores larger ones are no faster
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in "ab")
     best, began = 0.0, time.perf_counter()
@@ -52,6 +54,12 @@ def measured_flops_per_s(device: torch.device, dtype: torch.dtype) -> float:
         float((a @ b)[0, 0])  # waits for a GPU
         best = max(best, 2 * size**3 / (time.perf_counter() - tried))
     return best
+
+
+def cpu_has_bf16() -> bool:
+    """Whether the processor multiplies bf16 itself; where it does not, torch's bf16 is slower than its fp32."""
+    able = torch.cpu.get_capabilities()
+    return any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from nanochat.attention import Keys, attend
 from nanochat.config import ModelConfig
 from nanochat.loss import nats, soft_cap, summed_nats
+from nanochat.products import linear
 
 EPS = torch.finfo(torch.float32).eps  # of RMS norm; what F.rms_norm takes by itself for fp32 and bf16
 ROPE_BASE = 10_000.0
@@ -30,7 +31,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.zeros(outputs, inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        return linear(x, self.weight)
 
 
 class Embedding(nn.Module):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from nanochat.config import OptimConfig
 from nanochat.model import GPT
 from nanochat.parallel import Pending, Ranks
+from nanochat.products import through_fp32
 from nanochat.schedule import momentum
 
 # Quintic Newton-Schulz of https://kellerjordan.github.io/posts/muon/: it does not converge to 1 but moves every
@@ -228,12 +229,14 @@ def orthogonal(gradient: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     tall = gradient.shape[-2] > gradient.shape[-1]
     x = gradient.mT if tall else gradient
+    if through_fp32(x):
+        x = x.float()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value is above 1
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x.mT if tall else x
+    return (x.mT if tall else x).to(gradient.dtype)
 
 
 def muon(model: GPT, config: OptimConfig, precision: str, ranks: Ranks) -> list[Part]:

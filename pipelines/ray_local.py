@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipelines.plan import Step
-from pipelines.processes import descendants, name, put_last
 from pipelines.spec import Capacity
 
 OBJECT_STORE_BYTES = 600_000_000  # stages pass numbers, not data: shards and weights go through the store
@@ -28,8 +27,6 @@ LOCAL = {
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # of its controller, which at 0.1 takes 3% of a core
     "RAY_worker_niceness": "0",  # Ray's own is 15, where whatever else runs on the machine comes first
 }
-# They keep watch over a training, and each wakes a hundred times a second to see whether it got a signal.
-WATCHERS = ("ray::Board", "ray::TrainController", "ray::SynchronizationActor", "ray::DashboardAgent")
 
 
 class NoRayError(RuntimeError):
@@ -92,13 +89,6 @@ def ray_running(address: str | None, cpus: int) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
-
-
-def let_watchers_wait() -> None:
-    """Of a Ray that this process has started: they come after the workers, whose two threads wait for each other."""
-    for pid in descendants(os.getpid()):
-        if name(pid).startswith(WATCHERS):
-            put_last(pid)
 
 
 def _end_helpers() -> None:

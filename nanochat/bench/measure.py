@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nanochat.engine.torch_runner import cpu_has_bf16
+from nanochat.machine import cpu_has_bf16
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -19,6 +19,7 @@ from nanochat.config import ModelConfig
 from nanochat.engine.layers import Matrix, Network, load
 from nanochat.engine.quantize import quantize
 from nanochat.engine.runner import BLOCK, Batch, Precision
+from nanochat.machine import cpu_has_bf16
 
 TILE = 16  # rows of every product of a deterministic runner
 
@@ -105,11 +106,6 @@ def pack(weight: Tensor, precision: Precision) -> tuple[Matrix, int]:
             return F.linear(x.to(dtype), kept).float()
 
     return product, weight.nbytes
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies bf16 itself; where it does not, torch's bf16 is slower than its fp32."""
-    return _has("avx512_bf16", "amx_bf16", "bf16")
 
 
 def _has(*names: str) -> bool:

@@ -36,14 +36,12 @@ from nanochat.parallel import Ranks
 from nanochat.train import StepDone, TrainPlan, train
 from pipelines.artifacts import Dir
 from pipelines.curves import EVENTS, TRACE, LiveCurves, Observer, Row, event_file, numbers, summary, traced
-from pipelines.ray_local import let_watchers_wait
 from pipelines.runner import Job, Progress
 from pipelines.spec import Place
 from pipelines.stages._trainer import LeanTrainer
 
 STEPS = "steps.jsonl"  # one line a step, in the artifact
 SAY_EVERY_S = 1.0
-WATCHERS_S = 30.0  # after which those that wait are looked for again
 GRACE_S = 15.0  # for the workers to save, when the driver is told to end
 RAY_FILES = "ray-train"  # a folder beside work/ for what Ray Train writes for itself; of no use to us
 
@@ -179,13 +177,8 @@ def followed_board(hear: Callable[[Row | None, int], None]) -> Iterator[Any]:
     stop = threading.Event()
 
     def watch() -> None:
-        again = 0.0
         while not stop.wait(SAY_EVERY_S):
-            row, committed = ray.get(board.read.remote())
-            if row is not None and time.monotonic() >= again:  # and again: a restart has begun others
-                let_watchers_wait()
-                again = time.monotonic() + WATCHERS_S
-            hear(row, committed)
+            hear(*ray.get(board.read.remote()))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

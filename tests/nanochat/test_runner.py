@@ -12,7 +12,8 @@ from nanochat.attention import Rows
 from nanochat.config import ModelConfig
 from nanochat.engine.cuda import CudaRunner
 from nanochat.engine.runner import BLOCK, Precision, Runner, make_runner
-from nanochat.engine.torch_runner import TorchRunner, cpu_has_bf16
+from nanochat.engine.torch_runner import TorchRunner
+from nanochat.machine import cpu_has_bf16
 from nanochat.model import GPT
 from tests.nanochat.batches import batch_of, logits_in_pieces
 from tests.nanochat.sizes import VOCAB, filled, small, some_tokens

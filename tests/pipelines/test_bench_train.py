@@ -20,9 +20,9 @@ from nanochat.optim import build_optimizer
 from nanochat.train import TrainPlan, train
 from pipelines.bench import train as ray_bench
 from pipelines.bench.group import Group, torchrun
+from pipelines.bench.processes import cpu_seconds, descendants, name, paused
 from pipelines.bench.ranks import RankSetup
 from pipelines.bench.train import _beside, _Rounds
-from pipelines.processes import cpu_seconds, descendants, name, paused
 
 SLEEP = "import time; time.sleep(60)"
 SPIN = "while True: pass"

@@ -1,11 +1,9 @@
-"""Processes of this machine, as Linux's /proc tells: who began whom, how much processor time each has used, and whose
-turn is last. On another system there are none.
-"""
+"""Processes of this machine, as Linux's /proc tells: who began whom, and how much processor time each has used."""
 
 import os
 import signal
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 PROC = Path("/proc")
@@ -14,7 +12,7 @@ PROC = Path("/proc")
 def descendants(pid: int) -> set[int]:
     """Processes that `pid` began, those that these began, and so on."""
     children: dict[int, set[int]] = {}
-    for entry in PROC.iterdir() if PROC.exists() else ():
+    for entry in PROC.iterdir():
         if entry.name.isdigit() and (fields := _stat(int(entry.name))):
             children.setdefault(int(fields[1]), set()).add(int(entry.name))
     found: set[int] = set()
@@ -41,13 +39,6 @@ def name(pid: int) -> str:
     words = [word for word in words if not word.startswith("-")]
     script = next((word for word in words[:3] if word.endswith(".py")), words[0] if words else "")
     return Path(script.split(" ")[0]).name or "gone"
-
-
-def put_last(pid: int) -> None:
-    """All threads of a process get their turn when nobody else wants the processor, or after long: nice 19."""
-    with suppress(FileNotFoundError, ProcessLookupError, PermissionError):  # it is gone, or nobody may
-        for thread in (PROC / str(pid) / "task").iterdir():
-            os.setpriority(os.PRIO_PROCESS, int(thread.name), 19)
 
 
 @contextmanager
