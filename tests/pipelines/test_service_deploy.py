@@ -269,6 +269,7 @@ def test_once_answers_and_ends_by_itself(tmp_path: Path) -> None:
     assert "graceful_shutdown" not in text
 
 
+LAYERS = 24
 LEAVE = """
 import dataclasses, sys, time
 from pathlib import Path
@@ -279,7 +280,8 @@ from pipelines.artifacts import open_store
 from pipelines.ray_local import ray_running
 from pipelines.service.bundle import RefusedError, find_bundle
 from pipelines.service.deploy import deployed
-loaded, seed = load(Path(sys.argv[1]), "here"), int(sys.argv[2])
+# One reply after the other, and many layers: all sixteen must take longer than it takes to hear that a client left.
+loaded, seed = load(Path(sys.argv[1]), "here", ["serve.max_batch=1"]), int(sys.argv[2])
 bundle, capacity = find_bundle(loaded, open_store(loaded.profile.store, loaded.base)), loaded.profile.serve
 body = {"model": "tiny-base", "messages": [{"role": "user", "content": "Hi"}], "seed": seed, "n": 16}
 with ray_running(None, 2):
@@ -310,8 +312,8 @@ with ray_running(None, 2):
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_client_that_leaves_frees_its_replica_and_a_bad_replica_is_named(tmp_path: Path) -> None:
-    loaded = write_file(tmp_path, free_port())
-    build(loaded)
+    loaded = write_file(tmp_path, free_port(), depth=LAYERS)
+    build(loaded, depth=LAYERS)
     command = [sys.executable, "-c", LEAVE, str(loaded.path), str(seed_of_a_long_reply())]
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
