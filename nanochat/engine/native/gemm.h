@@ -41,15 +41,6 @@ template <class P, int ROWS>
 struct Tile {
   static constexpr int WIDTH = width(ROWS);
 
-  // out: ROWS x VECTORS vectors.
-  static void run(const Operand& a, const char* w, const Matrix& m, float* out, Ahead ahead) {
-    walk(a, w, m, out, ahead);
-    if constexpr (WIDTH < VECTORS) {
-      ahead.at += size_t(m.steps) * ahead.stride;
-      walk(a, w + 64, m, out + LANES, ahead);
-    }
-  }
-
   static INLINE void walk(const Operand& a, const char* w, const Matrix& m, float* out, Ahead ahead) {
     f32x16 sums[ROWS][WIDTH] = {};
     for (int i = 0; i < m.steps; i++) {
@@ -73,14 +64,6 @@ template <int ROWS>
 struct Tile<Int8, ROWS> {
   static constexpr int STEPS = Int8::GROUP / Int8::INPUTS;
   static constexpr int WIDTH = width(ROWS);
-
-  static void run(const Operand& a, const char* w, const Matrix& m, float* out, Ahead ahead) {
-    walk(a, w, m, out, ahead);
-    if constexpr (WIDTH < VECTORS) {
-      ahead.at += size_t(m.steps) * ahead.stride;
-      walk(a, w + 64, m, out + LANES, ahead);
-    }
-  }
 
   static INLINE void walk(const Operand& a, const char* w, const Matrix& m, float* out, Ahead ahead) {
     int groups = Int8::groups(m.inputs);
@@ -117,12 +100,22 @@ struct Tile<Int8, ROWS> {
   }
 };
 
+// The whole width of the panel. out: ROWS x VECTORS vectors.
+template <class P, int ROWS>
+void run_tile(const Operand& a, const char* w, const Matrix& m, float* out, Ahead ahead) {
+  Tile<P, ROWS>::walk(a, w, m, out, ahead);
+  if constexpr (width(ROWS) < VECTORS) {
+    ahead.at += size_t(m.steps) * ahead.stride;
+    Tile<P, ROWS>::walk(a, w + 64, m, out + LANES, ahead);
+  }
+}
+
 template <class P>
 using TileRun = void (*)(const Operand&, const char*, const Matrix&, float*, Ahead);
 
 template <class P, int... ROWS>
 constexpr auto tile_row(std::integer_sequence<int, ROWS...>) {
-  return std::array<TileRun<P>, sizeof...(ROWS)>{&Tile<P, ROWS + 1>::run...};
+  return std::array<TileRun<P>, sizeof...(ROWS)>{&run_tile<P, ROWS + 1>...};
 }
 
 template <class P>
