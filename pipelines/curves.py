@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pynvml import NVMLError
 
 from nanochat.config import ModelConfig
 from nanochat.files import Files
@@ -58,7 +59,21 @@ class Observer:
             "peak_flops_per_s": self._peak,
             "peak_bytes": peak_bytes(self._device),
             "busy_cores": (self._cpu_s - cpu_s) / done.seconds,
+            "busy_gpu": busy_gpu(self._device),
         }
+
+
+def busy_gpu(device: torch.device) -> float | None:
+    """The share of the last second, or less, in which a GPU ran anything at all; None if it does not say, as MIG does.
+
+    It tells waiting from working, not how well the GPU works: `mfu` does. NVML counts it, and nothing waits for it.
+    """
+    if device.type != "cuda":
+        return None
+    try:
+        return torch.cuda.utilization(device) / 100
+    except (NVMLError, RuntimeError):
+        return None
 
 
 def shares(row: Row) -> dict[str, float]:
@@ -84,6 +99,7 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
         raise FloatingPointError(f"no weight moved: of none of the {len(rows)} steps loss and gradient were finite")
     tail = moved[-max(1, len(rows) // 20) :]
     parts = {part: sum(row["parts"].get(part, 0.0) for row in rows) for part in SHARES.values()}
+    gpu = [row["busy_gpu"] for row in rows if row["busy_gpu"] is not None]
     return {
         "train_loss": statistics.fmean(row["loss"] for row in tail),
         "tokens_per_s": statistics.median(row["tokens_per_s"] for row in rows),
@@ -94,6 +110,7 @@ def summary(rows: Sequence[Row]) -> dict[str, float]:
         "peak_flops_per_s": rows[-1]["peak_flops_per_s"],
         "peak_bytes": max(row["peak_bytes"] for row in rows),
         "busy_cores": statistics.median(row["busy_cores"] for row in rows),
+        **({"busy_gpu": statistics.median(gpu)} if gpu else {}),
         "rank_skew_s": statistics.median(row["skew_s"] for row in rows),
         "grad_norm": statistics.median(row["grad_norm"] for row in moved),
         "skipped_steps": rows[-1]["skipped"],
@@ -188,6 +205,7 @@ def _scalars(row: Row) -> dict[str, float]:
         "speed/step_s": row["seconds"],
         "speed/mfu": row["mfu"],
         "speed/busy_cores": row["busy_cores"],
+        **({} if row["busy_gpu"] is None else {"speed/busy_gpu": row["busy_gpu"]}),
         "speed/peak_bytes": row["peak_bytes"],
         "speed/skew_s": row["skew_s"],
         **{f"step/{name}": share for name, share in shares(row).items()},

@@ -40,6 +40,7 @@ METRICS = (
     Metric("share_other", "share", "of the steps' time: all the rest", detail=True),
     Metric("rank_skew_s", "seconds", "by which a step's own work takes the slowest worker longer, median", detail=True),
     Metric("busy_cores", "cores", "that the first worker keeps busy while it trains, median", detail=True),
+    Metric("busy_gpu", "share", "of the time: the first worker's GPU runs anything at all, median", detail=True),
     Metric("peak_bytes", "bytes", "most memory of the first worker: its GPU's, else its process's", detail=True),
     Metric("grad_norm", "norm", "of the whole gradient before clipping, median over the steps", detail=True),
     Metric("skipped_steps", "steps", "that moved no weight because loss or gradient was not finite", detail=True),

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from pynvml import NVMLError_NotSupported
 
 from nanochat.config import ModelConfig
 from nanochat.files import Folder
 from nanochat.machine import PEAK_FLOPS_PER_S, measured_flops_per_s, stated_flops_per_s
 from nanochat.train import StepDone
 from pipelines import curves
-from pipelines.curves import LiveCurves, Observer, event_file, numbers, shares, summary, traced
+from pipelines.curves import LiveCurves, Observer, busy_gpu, event_file, numbers, shares, summary, traced
 from pipelines.metrics import UNITS
 
 TINY = ModelConfig(depth=1, context=128, head_dim=64)
@@ -42,6 +43,7 @@ def done(step: int, **changes: Any) -> StepDone:
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
     more = {"unix_s": 1e9 + step, "mfu": 0.25, "peak_flops_per_s": 1e12, "peak_bytes": 10**9, "busy_cores": 1.9}
+    more |= {"busy_gpu": None}
     told = more | {name: changes.pop(name) for name in more if name in changes}
     return asdict(done(step, **changes)) | told
 
@@ -84,8 +86,22 @@ def test_a_row_says_what_the_model_computes_of_what_the_machine_can(monkeypatch:
     assert one["peak_flops_per_s"] == 8e6
     assert 50e6 < one["peak_bytes"] < 64e9
     assert 0 <= one["busy_cores"] < 5
+    assert one["busy_gpu"] is None
     assert {name: one[name] for name in asdict(done(3))} == asdict(done(3))
     assert json.loads(json.dumps(one)) == one
+
+
+def test_a_row_says_how_busy_the_gpu_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NVML says in percent; this never ran on a GPU."""
+
+    def silent(device: torch.device) -> int:
+        raise NVMLError_NotSupported  # as of a part of a GPU
+
+    gpu = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: {gpu: 97}[device])
+    assert busy_gpu(gpu) == 0.97
+    monkeypatch.setattr(torch.cuda, "utilization", silent)
+    assert busy_gpu(gpu) is None
 
 
 def test_a_product_of_matrices_is_measured() -> None:
@@ -125,7 +141,11 @@ def test_the_summary_of_a_training() -> None:
     rows[7] |= {"parts": {}, "peak_bytes": 7 * 10**9}
     rows[9]["parts"] = {part: 38 * s for part, s in PARTS.items()}  # as all the others together,
     rows[9]["parts"]["other"] = 38 * 2.0  # and as long again on nothing
+    assert "busy_gpu" not in summary(rows)  # nor is it said of a training without one
+    for number in (1, 2, 3):
+        rows[number]["busy_gpu"] = 0.3 * number
     found = summary(rows)
+    assert found["busy_gpu"] == pytest.approx(0.6)
     assert found["train_loss"] == (39 + 40) / 2  # the last 5%
     assert (found["train_steps"], found["train_tokens"]) == (40, 40 * 128)
     assert (found["step_s"], found["tokens_per_s"], found["mfu"]) == (2.0, 64.0, pytest.approx(0.205))
