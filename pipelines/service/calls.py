@@ -2,13 +2,24 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TypeAlias
 
+from nanochat.engine.sampler import SampleParams
 from nanochat.engine.sequence import Output
 
 Heard: TypeAlias = tuple[int, Output | Exception]  # a request's number, and what there is for it
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """As a gateway asks a replica. number: its own.  admitted: as Backend.generate."""
+
+    number: int
+    tokens: list[int]
+    params: SampleParams
+    admitted: bool = False
 
 
 class Calls:

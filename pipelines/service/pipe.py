@@ -1,133 +1,138 @@
-"""A replica's words to a gateway of the same machine, through a pipe: a message costs a twentieth of one of Ray's.
+"""What a gateway and a replica of one machine say to each other: through pipes a message costs a twentieth of Ray's.
 
-Ray's stream stays open beside it: it opens the pipe, and tells who has died and that nothing more will come. Where the
-two cannot share a pipe, messages go that way too. There is no file to clean up: the gateway makes the pipe, and the
-replica opens it under /proc, as it may open what another process of its own user has.
+Ray's stream stays open beside them: it opens the line, tells who has died, and that nothing more will come. Where the
+two cannot share a pipe, all goes by Ray. There is no file to clean up: the gateway makes the pipes, and the replica
+opens them under /proc, as it may open what another process of its own user has.
 """
 
 import asyncio
 import os
 import pickle
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct
-
-from pipelines.service.calls import Heard
+from typing import Any
 
 BOOT = Path("/proc/sys/kernel/random/boot_id")  # a machine's name, as long as it is up
 HEAD = Struct("<I")  # before each message: its bytes
 PIECE = 1 << 16  # bytes that are read at a time; a pipe holds as many
 
+Hear = Callable[[Any], None]  # is called with a message
+
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Of a pipe's writing end. inode: what lies there, so that no other process's file is taken for it."""
+    """Of a line's far end. Files and what lies there (inodes), so that no other file is taken for them."""
 
     boot: str
     process: int
-    file: int
-    inode: int
+    reads: tuple[int, int]
+    writes: tuple[int, int]
 
 
-class Listener:
-    """A gateway's end. For one event loop; close it when Ray's stream has ended."""
+class Line:
+    """One end, for one event loop. It never waits: what the other has not read when the pipe is full stays here."""
 
-    def __init__(self, hear: Callable[[Sequence[Heard]], None]) -> None:
-        self._hear = hear
-        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._rest = bytearray()  # of a message that is not whole
+    def __init__(self, read: int, write: int, hear: Hear, far: tuple[int, ...] = ()) -> None:
+        self._read, self._write, self._hear, self._far = read, write, hear, far
+        self._heard = bytearray()  # of a message that is not whole
+        self._unsaid = bytearray()
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._read, self.read)
+        self._loop.add_reader(read, self.read)
 
-    @property
-    def address(self) -> Address | None:
-        """For `Speaker.at`; None where there is no /proc."""
+    @classmethod
+    def made(cls, hear: Hear) -> "tuple[Line, Address | None]":
+        """The near end, and where the far one is; None where there is no /proc."""
+        read, far_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        far_read, write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        line = cls(read, write, hear, (far_read, far_write))
         try:
             boot = BOOT.read_text()
         except OSError:
-            return None
-        return Address(boot, os.getpid(), self._write, os.fstat(self._write).st_ino)
-
-    def read(self) -> None:
-        """Hands on all that is there. The loop calls it, and who has seen Ray's stream end, so that nothing is missed.
-
-        Of a replica that died while it wrote, the end of the last message is missing; it is dropped.
-        """
-        try:
-            while data := os.read(self._read, PIECE):
-                self._rest += data
-                if len(data) < PIECE:
-                    break
-        except BlockingIOError:
-            pass
-        while len(self._rest) >= HEAD.size:
-            end = HEAD.size + HEAD.unpack_from(self._rest)[0]
-            if len(self._rest) < end:
-                break
-            message = pickle.loads(self._rest[HEAD.size : end])
-            del self._rest[:end]
-            self._hear(message)
-
-    def close(self) -> None:
-        """A replica that still speaks is told so by its next message."""
-        self._loop.remove_reader(self._read)
-        os.close(self._read)
-        os.close(self._write)
-
-
-class Speaker:
-    """A replica's end. It never waits: what the gateway has not read when the pipe is full stays here until it has."""
-
-    def __init__(self, file: int) -> None:
-        self._file = file
-        self._rest = bytearray()
-        self._loop = asyncio.get_running_loop()
+            return line, None
+        reads, writes = ((file, os.fstat(file).st_ino) for file in line._far)
+        return line, Address(boot, os.getpid(), reads, writes)
 
     @classmethod
-    def at(cls, address: Address | None) -> "Speaker | None":
-        """None where the address is another machine's, container's or user's."""
+    def at(cls, address: Address | None, hear: Hear) -> "Line | None":
+        """The far end; None where the address is another machine's, container's or user's."""
         if address is None:
             return None
-        path = f"/proc/{address.process}/fd/{address.file}"
+        files: list[int] = []
         try:
-            there = os.stat(path)
-            if BOOT.read_text() != address.boot or not stat.S_ISFIFO(there.st_mode) or there.st_ino != address.inode:
+            if BOOT.read_text() != address.boot:
                 return None
-            return cls(os.open(path, os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+            for end, flag in ((address.reads, os.O_RDONLY), (address.writes, os.O_WRONLY)):
+                files.append(_opened(address.process, *end, flag))
         except OSError:
+            for file in files:
+                os.close(file)
             return None
+        return cls(files[0], files[1], hear)
 
     @property
     def busy(self) -> bool:
         """Whether something is left to be written."""
-        return bool(self._rest)
+        return bool(self._unsaid)
 
-    def say(self, message: Sequence[Heard]) -> None:
-        """Raises BrokenPipeError when nobody listens any more."""
+    def say(self, message: Any) -> None:
+        """Anything that can be pickled. Raises BrokenPipeError when nobody has the other end any more."""
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        self._rest += HEAD.pack(len(data)) + data
+        self._unsaid += HEAD.pack(len(data)) + data
         self._flush()
 
+    def read(self) -> None:
+        """Hands on all that is there. The loop calls it, and who has seen Ray's stream end, so that nothing is missed.
+
+        Of one that died while it wrote, the end of the last message is missing; it is dropped.
+        """
+        with suppress(BlockingIOError):
+            while data := os.read(self._read, PIECE):
+                self._heard += data
+                if len(data) < PIECE:
+                    break
+            else:  # the other end is closed
+                self._loop.remove_reader(self._read)
+        while len(self._heard) >= HEAD.size:
+            end = HEAD.size + HEAD.unpack_from(self._heard)[0]
+            if len(self._heard) < end:
+                break
+            message = pickle.loads(self._heard[HEAD.size : end])
+            del self._heard[:end]
+            self._hear(message)
+
     def close(self) -> None:
-        """What is left is not said."""
-        self._loop.remove_writer(self._file)
-        os.close(self._file)
+        """What is left is not said. Who still speaks at the other end is told so by the next message."""
+        self._loop.remove_reader(self._read)
+        self._loop.remove_writer(self._write)
+        for file in (self._read, self._write, *self._far):
+            os.close(file)
 
     def _flush(self) -> None:
         """Raises BrokenPipeError."""
         try:
-            while self._rest:
-                del self._rest[: os.write(self._file, self._rest)]
+            while self._unsaid:
+                del self._unsaid[: os.write(self._write, self._unsaid)]
         except BlockingIOError:
-            self._loop.add_writer(self._file, self._go_on)
+            self._loop.add_writer(self._write, self._go_on)
         else:
-            self._loop.remove_writer(self._file)
+            self._loop.remove_writer(self._write)
 
     def _go_on(self) -> None:
         try:
             self._flush()
         except BrokenPipeError:
-            self._rest.clear()  # the next `say` finds out
-            self._loop.remove_writer(self._file)
+            self._unsaid.clear()  # the next `say` finds out
+            self._loop.remove_writer(self._write)
+
+
+def _opened(process: int, file: int, inode: int, flag: int) -> int:
+    """An end of a pipe that another process has. OSError if something else lies there."""
+    path = f"/proc/{process}/fd/{file}"
+    there = os.stat(path)
+    if not stat.S_ISFIFO(there.st_mode) or there.st_ino != inode:
+        raise FileNotFoundError(path)
+    return os.open(path, flag | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -1,8 +1,8 @@
 """One copy of the model behind Ray Serve: tokens in, tokens out. Text and HTTP are the gateway's.
 
 A gateway asks by `submit` and hears all its requests on one stream, `outputs`: a message a step. A message a token,
-as a stream for each request would send it, costs Ray about 0.6 ms of Python, and a step of 32 tokens takes 30. To a
-gateway of the same machine the messages go through a pipe (pipe.py), and the stream only says that both are there.
+as a stream for each request would send it, costs Ray about 0.6 ms of Python, and a step of 32 tokens takes 30. With a
+gateway of the same machine both go through pipes (pipe.py), and the stream only says that both are there.
 
 deploy.py makes a deployment of it; the class itself needs Ray only to know its own name.
 """
@@ -10,16 +10,16 @@ deploy.py makes a deployment of it; the class itself needs Ray only to know its 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from ray import serve
 
-from nanochat.engine.sampler import SampleParams
 from nanochat.engine.stats import Stats
 from pipelines.service.admission import Admission
 from pipelines.service.bundle import Bundle
-from pipelines.service.calls import Heard
+from pipelines.service.calls import Heard, Request
 from pipelines.service.loading import load_engine, smoke
-from pipelines.service.pipe import Address, Speaker
+from pipelines.service.pipe import Address, Line
 from pipelines.service.protocol import Answer, OverloadedError, ReplicaLostError
 from pipelines.service.scaling import report
 from pipelines.service.turns import take_short_turns
@@ -36,12 +36,12 @@ class _Client:
 
     loop: asyncio.AbstractEventLoop
     sink: Sink = field(init=False)  # one for all it asks for: a step wakes it once
-    waiting: list[Heard] = field(default_factory=list)
+    waiting: list[Heard | tuple[int, Answer]] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     open: dict[int, tuple[int, Callable[[], None]]] = field(default_factory=dict)  # replies left, what cancels them
     listens: bool = False
-    pipe: Speaker | None = None  # through which it hears, where there is one
-    left: bool = False  # nobody reads the pipe any more
+    line: Line | None = None  # through which it asks and hears, where there is one
+    left: bool = False  # nobody has its other end any more
 
     def __post_init__(self) -> None:
         self.sink = Sink(self.loop, self.hear)
@@ -61,11 +61,11 @@ class _Client:
 
     def tell(self) -> None:
         """Passes on what waits."""
-        if self.pipe is None:
+        if self.line is None:
             self.news.set()
         elif self.waiting:
             try:
-                self.pipe.say(self.waiting)
+                self.line.say(self.waiting)
             except BrokenPipeError:
                 self.left = True
                 self.news.set()
@@ -74,7 +74,7 @@ class _Client:
     @property
     def idle(self) -> bool:
         """It has nothing more to hear."""
-        return not (self.open or self.waiting or (self.pipe and self.pipe.busy))
+        return not (self.open or self.waiting or (self.line and self.line.busy))
 
     def cancel(self, number: int) -> None:
         if call := self.open.pop(number, None):
@@ -101,41 +101,32 @@ class Replica:
         self._name = serve.get_replica_context().replica_id.unique_id
         self._clients: dict[str, _Client] = {}
 
-    async def submit(
-        self,
-        client: str,
-        number: int,
-        tokens: list[int],
-        params: SampleParams,
-        *,
-        refused: frozenset[str] = frozenset(),
-        admitted: bool = False,
-    ) -> Answer:
-        """Takes a request of a gateway, which hears of it under `number`. Raises ReplicaLostError.
+    async def submit(self, replica: str, client: str, request: Request, refused: frozenset[str]) -> Answer:
+        """Takes a request of a gateway, which then hears of it under its number. Raises ReplicaLostError.
 
-        refused: replicas that had no room for it; the router reads it.  admitted: as Backend.generate.
+        replica: where the gateway wants it; refused: which had no room for it. The router reads both, and another
+        replica may be asked as well.
         """
         asker = self._client(client)
-        try:
-            cancel = self._worker.submit(asker.sink, number, tokens, params, admitted=admitted)
-        except OverloadedError as error:
-            return Answer(self._name, error)
-        asker.open[number] = params.n, cancel
+        answer = self._take(asker, request)
         if not asker.listens:
             asker.loop.call_later(SILENT_S, self._forget_the_deaf, client)
-        return Answer(self._name)
+        return answer
 
     async def outputs(
-        self, replica: str, client: str, pipe: Address | None = None
-    ) -> AsyncGenerator[list[Heard], None]:
+        self, replica: str, client: str, address: Address | None = None
+    ) -> AsyncGenerator[list[Any], None]:
         """All that the gateway's requests hear. Ends when none is open; its end cancels those that are.
 
-        pipe: takes it instead, and nothing is yielded, where this process can write to it.
+        address: of a line that takes it instead, and nothing is yielded, where this process can open it. The first
+        message there is empty: from then on the gateway may ask through it, and hears an Answer or what went wrong.
         """
         if replica != self._name:
             raise ReplicaLostError(f"replica {replica} is gone")
         asker = self._client(client)
-        asker.listens, asker.pipe = True, Speaker.at(pipe)
+        asker.listens, asker.line = True, Line.at(address, lambda request: self._asked(asker, request))
+        if asker.line:
+            asker.line.say([])
         asker.tell()
         try:
             while not asker.left:
@@ -152,8 +143,8 @@ class Replica:
                     yield message
         finally:
             self._forget(client)
-            if asker.pipe:
-                asker.pipe.close()
+            if asker.line:
+                asker.line.close()
 
     async def cancel(self, replica: str, client: str, number: int) -> None:
         """The gateway's reader of this request has left."""
@@ -182,6 +173,24 @@ class Replica:
     def check_health(self) -> None:
         """Serve asks this every few seconds and replaces the replica if it raises."""
         self._worker.check()
+
+    def _take(self, asker: _Client, request: Request) -> Answer:
+        """Raises ReplicaLostError."""
+        number, params = request.number, request.params
+        try:
+            cancel = self._worker.submit(asker.sink, number, request.tokens, params, admitted=request.admitted)
+        except OverloadedError as error:
+            return Answer(self._name, error)
+        asker.open[number] = params.n, cancel
+        return Answer(self._name)
+
+    def _asked(self, asker: _Client, request: Request) -> None:
+        """Through the line."""
+        try:
+            asker.waiting.append((request.number, self._take(asker, request)))
+        except ReplicaLostError as error:
+            asker.waiting.append((request.number, error))
+        asker.tell()
 
     def _client(self, name: str) -> _Client:
         if name not in self._clients:

@@ -1,8 +1,9 @@
-"""Which replica a call of Ray Serve goes to: a new request where its prompt lies, every other call where it is told.
+"""Which replica a call of Ray Serve goes to: where it is told.
 
-`submit(client, id, tokens, params, refused=frozenset())` is placed by the Ledger of this process. Every other method
-has a replica's id as its first argument, or "": any. If that replica is gone the call goes to another, which sees by
-the id that it is not meant. Nothing waits for a replica: how full it is, it says itself when it is asked.
+Every method has a replica's id as its first argument, or "": any. If that replica is gone the call goes to another,
+which sees by the id that it is not meant. `submit(replica, client, request, refused)` may be
+answered by any; where it names none that is there, the Ledger of this process places it. Nothing waits for a replica:
+how full it is, it says itself when it is asked.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ from pipelines.service.prefixes import ledger_of
 from pipelines.service.protocol import ReplicaLostError
 
 if TYPE_CHECKING:
-    from nanochat.engine.sampler import SampleParams
+    from pipelines.service.calls import Request
 
 # Serve pickles the class with this module's globals: what is shared with the gateway has to be another module's.
 
@@ -66,11 +67,13 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
         """
         if is_retry:  # it could not be reached, or is about to end
             await asyncio.sleep(self.initial_backoff_s)
+        name = _name(pending_request)
         if pending_request.metadata.call_method == "submit":
-            while (found := self._place(*pending_request.args, **pending_request.kwargs)) is None:
+            if not is_retry and (found := self._by_id.get(name)):
+                return found
+            while (found := self._place(*pending_request.args[1:])) is None:
                 await self._wait()
             return found
-        name = _name(pending_request)
         if name and not is_retry and (found := self._by_id.get(name) or self._leaving.get(name)):
             return found
         if name and not self._by_id:
@@ -85,17 +88,10 @@ class PrefixRouter(RequestRouter):  # type: ignore[misc]  # Ray has no types
         self._replicas_updated_event.clear()
         await self._replicas_updated_event.wait()
 
-    def _place(
-        self,
-        client: str,
-        id: int,
-        tokens: list[int],
-        params: "SampleParams",
-        refused: frozenset[str] = frozenset(),
-        **rest: Any,
-    ) -> RunningReplica | None:
+    def _place(self, client: str, request: "Request", refused: frozenset[str]) -> RunningReplica | None:
         self._ledger.update(self._by_id)  # another handle's router may have heard of a change that this one has not
-        name = self._ledger.place((client, id), tokens, params.max_tokens, params.n, refused)
+        params = request.params
+        name = self._ledger.place((client, request.number), request.tokens, params.max_tokens, params.n, refused)
         return None if name is None else self._by_id[name]
 
     def _renew(self) -> None:

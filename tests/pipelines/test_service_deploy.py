@@ -211,7 +211,7 @@ def pipes(pid: int) -> set[str]:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_replica_and_gateway_share_a_pipe_while_a_reply_runs_and_none_afterwards(program: Program) -> None:
+def test_replica_and_gateway_share_two_pipes_while_a_reply_runs_and_none_afterwards(program: Program) -> None:
     body = {"model": "tiny-base", "messages": HELLO, "stream": True, "seed": seed_of_a_long_reply()}
     names = {
         name.split("nanochat:")[-1][:7]: pid for pid, name in family(program.process.pid).items() if "nanochat:" in name
@@ -222,7 +222,7 @@ def test_replica_and_gateway_share_a_pipe_while_a_reply_runs_and_none_afterwards
     with httpx.stream("POST", f"{program.url}/v1/chat/completions", json=body, timeout=60) as answer:
         pieces = answer.iter_text()
         next(pieces)
-        assert len((pipes(gateway) - before[0]) & (pipes(replica) - before[1])) == 1
+        assert len((pipes(gateway) - before[0]) & (pipes(replica) - before[1])) == 2
         assert "[DONE]" in "".join(pieces)
     time.sleep(IDLE_S * 2 + 1)
     assert (pipes(gateway), pipes(replica)) == before

@@ -1,11 +1,11 @@
-"""A replica's words through a pipe: all of them, in order, whatever the sizes, and never a wait for the replica."""
+"""What goes through a line: all of it, in order, whatever the sizes, and nobody waits; a replica that has one."""
 
 import asyncio
 import multiprocessing
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from multiprocessing.synchronize import Event
@@ -17,10 +17,11 @@ import pytest
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampler import SampleParams
 from nanochat.engine.sequence import Output
+from nanochat.engine.stats import Stats
 from pipelines.service import replica as replica_module
-from pipelines.service.calls import Heard
-from pipelines.service.pipe import Address, Listener, Speaker
-from pipelines.service.protocol import ReplicaLostError
+from pipelines.service.calls import Heard, Request
+from pipelines.service.pipe import Address, Line
+from pipelines.service.protocol import Answer, OverloadedError, ReplicaLostError
 from pipelines.service.replica import Replica
 from pipelines.service.worker import Worker
 from tests.reference.generate import generate
@@ -34,14 +35,20 @@ def some(number: int, size: int = 3) -> list[Heard]:
 
 
 @asynccontextmanager
-async def listening() -> AsyncIterator[tuple[Listener, Address, list[Heard]]]:
-    heard: list[Heard] = []
-    listener = Listener(heard.extend)
-    assert listener.address is not None
+async def listening() -> AsyncIterator[tuple[Line, Address, list[Any]]]:
+    heard: list[Any] = []
+    line, address = Line.made(heard.extend)
+    assert address is not None
     try:
-        yield listener, listener.address, heard
+        yield line, address, heard
     finally:
-        listener.close()
+        line.close()
+
+
+def far_end(address: Address | None, hear: Callable[[Any], None] = print) -> Line:
+    line = Line.at(address, hear)
+    assert line is not None
+    return line
 
 
 async def until(heard: Sequence[Heard], count: int) -> None:
@@ -58,8 +65,7 @@ def talk(address: Address, sizes: list[int], said: Event, go_on: Event) -> None:
     """In another process: says a message of each size."""
 
     async def say() -> None:
-        speaker = Speaker.at(address)
-        assert speaker is not None
+        speaker = far_end(address)
         for number, size in enumerate(sizes):
             speaker.say(some(number, size))
         said.set()
@@ -96,7 +102,7 @@ def test_of_a_speaker_that_was_killed_all_whole_messages_are_heard() -> None:
 
     async def run() -> list[Heard]:
         async with listening() as (listener, address, heard):
-            listener._loop.remove_reader(listener._read)  # so that the pipe is full when it dies
+            asyncio.get_running_loop().remove_reader(listener._read)  # so that the pipe is full when it dies
             said, go_on = spawn.Event(), spawn.Event()
             process = spawn.Process(target=talk, args=(address, [3, 3, 100_000, 3], said, go_on))
             process.start()
@@ -111,11 +117,51 @@ def test_of_a_speaker_that_was_killed_all_whole_messages_are_heard() -> None:
     assert asyncio.run(run()) == [*some(0), *some(1)]  # of the third a part was in the pipe
 
 
+def test_both_ends_speak_and_hear() -> None:
+    """Also when each says more than a pipe holds before it reads anything."""
+
+    async def run() -> None:
+        async with listening() as (near, address, heard):
+            there: list[Any] = []
+            far = far_end(address, there.extend)
+            for number in range(200):
+                near.say(some(number, 1_000))
+                far.say(some(-number, 1_000))
+            assert near.busy
+            assert far.busy
+            await until(heard, 200)
+            await until(there, 200)
+            assert [number for number, _ in there] == list(range(200))
+            assert [number for number, _ in heard] == [-number for number in range(200)]
+            far.close()
+
+    asyncio.run(run())
+
+
+def test_an_end_whose_other_is_closed_does_not_wake_for_ever() -> None:
+    async def run() -> None:
+        async with listening() as (_, address, _heard):
+            far = far_end(address)
+        reads = 0
+        read = far.read
+
+        def counted() -> None:
+            nonlocal reads
+            reads += 1
+            read()
+
+        asyncio.get_running_loop().add_reader(far._read, counted)
+        await asyncio.sleep(0.05)
+        far.close()
+        assert reads == 1
+
+    asyncio.run(run())
+
+
 def test_errors_are_heard_too() -> None:
     async def run() -> Heard:
         async with listening() as (_, address, heard):
-            speaker = Speaker.at(address)
-            assert speaker is not None
+            speaker = far_end(address)
             speaker.say([(7, ReplicaLostError("it died"))])
             await until(heard, 1)
             speaker.close()
@@ -134,14 +180,15 @@ def test_what_is_not_that_pipe_is_not_opened(tmp_path: Path) -> None:
             _, other = os.pipe()
             wrong = [
                 replace(address, boot="another machine\n"),
-                replace(address, inode=address.inode + 1),
-                replace(address, file=other),
-                replace(address, file=file, inode=os.fstat(file).st_ino),
-                replace(address, file=12_345),
+                replace(address, reads=(address.reads[0], address.reads[1] + 1)),
+                replace(address, writes=(address.writes[0], address.writes[1] + 1)),
+                replace(address, writes=(other, address.writes[1])),
+                replace(address, writes=(file, os.fstat(file).st_ino)),
+                replace(address, reads=(12_345, 1)),
                 replace(address, process=2**22 + 1),  # more than Linux gives
             ]
             before = open_files()
-            assert [Speaker.at(one) for one in [*wrong, None]] == [None] * (len(wrong) + 1)
+            assert [Line.at(one, print) for one in [*wrong, None]] == [None] * (len(wrong) + 1)
             assert open_files() == before
             assert (tmp_path / "file").read_bytes() == b""
 
@@ -152,8 +199,7 @@ def test_a_speaker_hears_that_nobody_listens_and_no_file_stays_open() -> None:
     async def run() -> None:
         before = open_files()
         async with listening() as (_, address, _heard):
-            speaker = Speaker.at(address)
-            assert speaker is not None
+            speaker = far_end(address)
             for number in range(1_000):
                 speaker.say(some(number, 1_000))
             assert speaker.busy
@@ -186,7 +232,7 @@ def test_a_replica_says_all_through_the_pipe_and_its_stream_ends_when_nothing_is
 
     async def run() -> tuple[list[Heard], list[Any]]:
         async with listening() as (listener, address, heard):
-            await replica.submit("gateway", 5, [1, 2], PARAMS)
+            await replica.submit("a", "gateway", Request(5, [1, 2], PARAMS), frozenset())
             await asyncio.sleep(0.05)  # it has made something before anybody listens
             streamed = [message async for message in replica.outputs("a", "gateway", address)]
             listener.read()
@@ -203,9 +249,9 @@ def test_a_replica_says_all_through_the_pipe_and_its_stream_ends_when_nothing_is
 
 def test_a_replica_whose_gateway_is_gone_ends_its_requests(replica: Replica) -> None:
     async def run() -> None:
-        listener = Listener(lambda message: None)
-        await replica.submit("gateway", 0, [1], replace(PARAMS, max_tokens=100))
-        async with aclosing(replica.outputs("a", "gateway", listener.address)) as stream:
+        listener, address = Line.made(lambda message: None)
+        await replica.submit("a", "gateway", Request(0, [1], replace(PARAMS, max_tokens=100)), frozenset())
+        async with aclosing(replica.outputs("a", "gateway", address)) as stream:
             reading = asyncio.ensure_future(anext(stream, "over"))
             await asyncio.sleep(0)
             listener.close()
@@ -220,12 +266,55 @@ def test_a_replica_whose_gateway_is_gone_ends_its_requests(replica: Replica) -> 
     asyncio.run(run())
 
 
+def test_a_replica_is_asked_through_the_line(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers first, to what it takes, what it has no room for, and where its engine has died."""
+    monkeypatch.setattr(replica_module, "IDLE_S", 0.3)
+
+    class Admission:
+        def admit(self, tokens: int, replies: int, *, admitted: bool) -> None:
+            if not admitted:
+                raise OverloadedError("many wait", 3)
+
+        def stepped(self, stats: Stats, seconds: float) -> None:
+            pass
+
+    async def run() -> tuple[list[Any], int]:
+        async with listening() as (line, address, heard):
+            stream = asyncio.ensure_future(anext(replica.outputs("a", "gateway", address), "over"))
+            line.say(Request(6, [1, 2], PARAMS))
+            await until(heard, 1 + PARAMS.max_tokens)
+            replica._worker._admission = Admission()  # type: ignore[assignment]
+            line.say(Request(7, [1, 2], PARAMS))
+            line.say(Request(8, [1, 2], replace(PARAMS, max_tokens=1), admitted=True))
+            await until(heard, 1 + PARAMS.max_tokens + 3)
+            assert await stream == "over"
+            line.read()
+            first = len(heard)
+            replica._worker.close()
+            stream = asyncio.ensure_future(anext(replica.outputs("a", "gateway", address), "over"))
+            line.say(Request(9, [1, 2], PARAMS, admitted=True))
+            await until(heard, first + 1)
+            stream.cancel()
+            return heard, first
+
+    heard, first = asyncio.run(run())
+    assert heard[0] == (6, Answer("a"))
+    tokens = [token for number, output in heard[1:] if number == 6 for token in output.tokens]
+    assert tokens == generate(tiny_model(), [1, 2], PARAMS)
+    refusal = next(item for number, item in heard if number == 7)
+    assert (refusal.replica, refusal.error.retry_after_s) == ("a", 3)
+    assert [type(item) for number, item in heard if number == 8] == [Answer, Output]
+    [(number, error)] = heard[first:]
+    assert number == 9
+    assert isinstance(error, ReplicaLostError)
+
+
 def test_a_replica_of_another_machine_says_all_on_the_stream(replica: Replica, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replica_module, "IDLE_S", 0.05)
 
     async def run() -> tuple[list[Heard], list[Heard]]:
         async with listening() as (_, address, heard):
-            await replica.submit("gateway", 5, [1, 2], PARAMS)
+            await replica.submit("a", "gateway", Request(5, [1, 2], PARAMS), frozenset())
             elsewhere = replace(address, boot="another machine\n")
             streamed = [item async for message in replica.outputs("a", "gateway", elsewhere) for item in message]
             return heard, streamed

@@ -1,6 +1,7 @@
 """A gateway's side of the replicas, over a deployment's handle that is scripted: refusals, silence, cancelling."""
 
 import asyncio
+import secrets
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
@@ -11,12 +12,14 @@ from ray.exceptions import ActorDiedError
 
 from nanochat.engine.sampler import SampleParams
 from nanochat.engine.sequence import Output
-from pipelines.service.calls import Heard
-from pipelines.service.pipe import Address, Speaker
+from pipelines.service.calls import Heard, Request
+from pipelines.service.pipe import Address, Line
 from pipelines.service.protocol import Answer, OverloadedError, ReplicaLostError
 from pipelines.service.replicas import Replicas
 
 PARAMS = SampleParams(3, seed=1)
+OVERLOADED = Answer("a", OverloadedError("many wait", 3))
+linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="pipes are found under /proc, on Linux")
 
 
 class Method:
@@ -27,11 +30,13 @@ class Method:
 class Handle:
     """Stands for Serve's. says: what the replicas answer to each submit, in turn; the last again and again."""
 
-    app_name, deployment_name = "app", "Replica-1"
+    deployment_name = "Replica-1"
 
     def __init__(self, *says: Answer | Exception, stream: Callable[[], AsyncGenerator[list[Heard], None]]) -> None:
         self.says, self.stream = list(says), stream
-        self.pipe: Address | None = None  # where the newest stream may speak instead
+        self.app_name = secrets.token_hex(8)  # the ledger of another test may not be gone yet
+        self.line: Address | None = None  # of the newest stream
+        self.wanted: list[str] = []  # replicas
         self.refused: list[frozenset[str]] = []
         self.cancelled: list[tuple[str, int]] = []
         self.submit, self.outputs, self.cancel = Method(self._submit), Method(self._outputs), Method(self._cancel)
@@ -39,7 +44,8 @@ class Handle:
     def options(self, *, stream: bool) -> "Handle":
         return self
 
-    def _submit(self, client: str, number: int, *rest: Any, refused: frozenset[str], admitted: bool) -> Awaitable[Any]:
+    def _submit(self, replica: str, client: str, request: Request, refused: frozenset[str]) -> Awaitable[Any]:
+        self.wanted.append(replica)
         self.refused.append(refused)
 
         async def answer() -> Answer:
@@ -50,8 +56,8 @@ class Handle:
 
         return answer()
 
-    def _outputs(self, replica: str, client: str, pipe: Address | None) -> AsyncGenerator[list[Heard], None]:
-        self.pipe = pipe
+    def _outputs(self, replica: str, client: str, line: Address | None) -> AsyncGenerator[list[Heard], None]:
+        self.line = line
         return self.stream()
 
     async def _cancel(self, replica: str, client: str, number: int) -> None:
@@ -91,22 +97,78 @@ def test_what_a_replica_makes_is_heard_on_its_stream() -> None:
     assert handle.cancelled == []
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="pipes are found under /proc, on Linux")
+@linux
 @pytest.mark.parametrize("death", [None, ActorDiedError()])
 def test_what_was_said_through_the_pipe_is_heard_before_its_end_is(death: Exception | None) -> None:
     async def speaks() -> AsyncGenerator[list[Heard], None]:
-        speaker = Speaker.at(handle.pipe)
-        assert speaker is not None
+        line = Line.at(handle.line, print)
+        assert line is not None
         async for message in two_steps():
-            speaker.say(message)
-        speaker.close()
+            line.say(message)
+        line.close()
         if death:
             raise death
         yield []
 
     handle = Handle(Answer("a"), stream=speaks)
     assert said(handle) == [1, 2, 3]
-    assert said(handle) == [1, 2, 3]  # each has a pipe of its own
+    assert said(handle) == [1, 2, 3]  # each has a line of its own
+
+
+Says = Callable[[int, Request], list[tuple[int, Any]] | None]
+
+
+@linux
+@pytest.mark.parametrize(
+    ("says", "found", "by_ray"),
+    [
+        (lambda number, request: [(number, Answer("a")), (number, Output(9, [4], finish="length"))], [4], 1),
+        (lambda number, request: [(number, OVERLOADED)], OverloadedError, 1),  # and there is no other
+        (lambda number, request: [(number, ReplicaLostError("broken"))], ReplicaLostError, 1),
+        (lambda number, request: None, [7], 2),  # it ends its stream and has not read it
+    ],
+)
+def test_who_has_a_line_is_asked_through_it(says: Says, found: Any, by_ray: int) -> None:
+    """The first request goes by Ray and holds the stream open; the second is asked while it is."""
+    asked: list[Request] = []
+
+    async def replica() -> AsyncGenerator[list[Heard], None]:
+        if asked:  # the second stream
+            yield [(1, Output(9, [7], finish="length"))]
+        news = asyncio.Event()
+
+        def hear(request: Request) -> None:
+            asked.append(request)
+            news.set()
+
+        line = Line.at(handle.line, hear)
+        assert line is not None
+        line.say([])
+        line.say([(0, Output(9, [1]))])
+        await news.wait()
+        if (answer := says(asked[0].number, asked[0])) is not None:
+            line.say(answer)
+            line.say([(0, Output(9, [2], finish="length"))])
+            await asyncio.sleep(0.1)
+        line.close()
+
+    handle = Handle(Answer("a"), stream=replica)
+
+    async def ask() -> list[int]:
+        replicas = Replicas(handle)  # type: ignore[arg-type]
+        replicas._ledger.update(["a"])
+        async with aclosing(replicas.generate([1], PARAMS)) as first:
+            await anext(first)
+            return [token async for output in replicas.generate([1, 2], PARAMS) for token in output.tokens]
+
+    if isinstance(found, list):
+        assert asyncio.run(ask()) == found
+    else:
+        with pytest.raises(found):
+            asyncio.run(ask())
+    assert [(request.number, request.tokens, request.params) for request in asked] == [(1, [1, 2], PARAMS)]
+    assert len(handle.wanted) == by_ray
+    assert set(handle.wanted) == {"a"}
 
 
 def test_who_refuses_is_not_asked_again_and_the_soonest_wait_is_told() -> None:

@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve.config import RequestRouterConfig
 from nanochat.engine.sampler import SampleParams
 from pipelines.ray_local import ray_running
+from pipelines.service.calls import Request
 from pipelines.service.prefixes import ledger_of
 from pipelines.service.protocol import ReplicaLostError
 
@@ -20,7 +21,7 @@ class Toy:
     def __init__(self):
         self.me = serve.get_replica_context().replica_id.unique_id
 
-    async def submit(self, client, id, tokens, params, refused=frozenset()):
+    async def submit(self, replica, client, request, refused):
         return self.me
 
     async def where(self, replica):
@@ -58,11 +59,12 @@ with ray_running(None, 4):
     ledger = ledger_of("app", "Toy")
     number = 0
 
-    def submit(tokens, **more):
+    def submit(tokens, refused=frozenset(), to=""):
         global number
         number += 1
         ledger.began(("me", number))
-        return handle.submit.remote("me", number, tokens, SampleParams(10), **more).result(timeout_s=10)
+        request = Request(number, tokens, SampleParams(10))
+        return handle.submit.remote(to, "me", request, refused).result(timeout_s=10)
 
     first = submit([1] * 200)
     until(lambda: len(ledger.loads()) == 3)
@@ -86,6 +88,8 @@ with ray_running(None, 4):
             ledger.ended(("me", number))
     assert submit(chats[0], refused=frozenset({home[0]})) != home[0]
     assert submit(chats[0], refused=frozenset({a, b, c})) in (a, b, c)
+    assert [submit(chats[0], to=name) for name in (c, b, a)] == [c, b, a]
+    assert submit(chats[0], to="gone") == home[0]
     say("routed")
 
     os.kill(pids[c], signal.SIGSTOP)  # does not answer, and nobody knows yet
