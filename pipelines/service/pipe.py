@@ -9,6 +9,7 @@ import asyncio
 import os
 import pickle
 import stat
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,6 +41,8 @@ class Line:
         self._read, self._write, self._hear, self._far = read, write, hear, far
         self._heard = bytearray()  # of a message that is not whole
         self._unsaid = bytearray()
+        self._lock = threading.Lock()  # of what is unsaid, and of its file
+        self._closed = False
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(read, self.read)
 
@@ -79,10 +82,13 @@ class Line:
         return bool(self._unsaid)
 
     def say(self, message: Any) -> None:
-        """Anything that can be pickled. Raises BrokenPipeError when nobody has the other end any more."""
+        """Anything that can be pickled, from any thread. Raises BrokenPipeError when nobody has the other end."""
         data = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)
-        self._unsaid += HEAD.pack(len(data)) + data
-        self._flush()
+        with self._lock:
+            waits = bool(self._unsaid)
+            self._unsaid += HEAD.pack(len(data)) + data
+            if not waits and not self._flush():
+                self._loop.call_soon_threadsafe(self._wait)
 
     def read(self) -> None:
         """Hands on all that is there. The loop calls it, and who has seen Ray's stream end, so that nothing is missed.
@@ -108,24 +114,32 @@ class Line:
         """What is left is not said. Who still speaks at the other end is told so by the next message."""
         self._loop.remove_reader(self._read)
         self._loop.remove_writer(self._write)
-        for file in (self._read, self._write, *self._far):
-            os.close(file)
+        with self._lock:
+            self._closed = True
+            for file in (self._read, self._write, *self._far):
+                os.close(file)
 
-    def _flush(self) -> None:
-        """Raises BrokenPipeError."""
+    def _flush(self) -> bool:
+        """Whether all is said. Raises BrokenPipeError, and forgets what was left."""
         try:
             while self._unsaid:
                 del self._unsaid[: os.write(self._write, self._unsaid)]
         except BlockingIOError:
+            return False
+        except BrokenPipeError:
+            self._unsaid.clear()
+            raise
+        return True
+
+    def _wait(self) -> None:
+        if not self._closed:
             self._loop.add_writer(self._write, self._go_on)
-        else:
-            self._loop.remove_writer(self._write)
 
     def _go_on(self) -> None:
-        try:
-            self._flush()
-        except BrokenPipeError:
-            self._unsaid.clear()  # the next `say` finds out
+        done = True
+        with self._lock, suppress(BrokenPipeError):  # the next `say` finds out
+            done = self._flush()
+        if done:
             self._loop.remove_writer(self._write)
 
 

@@ -8,6 +8,7 @@ deploy.py makes a deployment of it; the class itself needs Ray only to know its 
 """
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +24,7 @@ from pipelines.service.pipe import Address, Line
 from pipelines.service.protocol import Answer, OverloadedError, ReplicaLostError
 from pipelines.service.scaling import report
 from pipelines.service.turns import take_short_turns
-from pipelines.service.worker import Sink, Worker
+from pipelines.service.worker import Worker
 from pipelines.spec import Capacity
 
 IDLE_S = 2  # a stream on which nothing is open ends after this long, so that a replica can be stopped
@@ -35,49 +36,51 @@ class _Client:
     """A gateway: what it has asked for and not heard yet."""
 
     loop: asyncio.AbstractEventLoop
-    sink: Sink = field(init=False)  # one for all it asks for: a step wakes it once
     waiting: list[Heard | tuple[int, Answer]] = field(default_factory=list)
     news: asyncio.Event = field(default_factory=asyncio.Event)
     open: dict[int, tuple[int, Callable[[], None]]] = field(default_factory=dict)  # replies left, what cancels them
     listens: bool = False
     line: Line | None = None  # through which it asks and hears, where there is one
     left: bool = False  # nobody has its other end any more
+    closed: bool = False  # it is forgotten
+    lock: threading.Lock = field(default_factory=threading.Lock)  # of all this, but `news`, which is the loop's
 
-    def __post_init__(self) -> None:
-        self.sink = Sink(self.loop, self.hear)
-
-    def hear(self, message: Sequence[Heard]) -> None:
-        for number, item in message:
-            if number not in self.open:
-                continue  # cancelled since
-            self.waiting.append((number, item))
-            left, cancel = self.open[number]
-            left = 0 if isinstance(item, Exception) else left - (item.finish is not None)
-            if left:
-                self.open[number] = left, cancel
-            else:
-                del self.open[number]
-        self.tell()
+    def put(self, message: Sequence[Heard]) -> None:
+        """As Sink.put. The engine's thread itself writes to the line: the gateway works while it prepares a step."""
+        with self.lock:
+            for number, item in message:
+                if number not in self.open:
+                    continue  # cancelled since
+                self.waiting.append((number, item))
+                left, cancel = self.open[number]
+                left = 0 if isinstance(item, Exception) else left - (item.finish is not None)
+                if left:
+                    self.open[number] = left, cancel
+                else:
+                    del self.open[number]
+            self.tell()
 
     def tell(self) -> None:
-        """Passes on what waits."""
-        if self.line is None:
-            self.news.set()
-        elif self.waiting:
+        """Passes on what waits. For who has the lock."""
+        if self.waiting and self.line:
             try:
                 self.line.say(self.waiting)
             except BrokenPipeError:
                 self.left = True
-                self.news.set()
             self.waiting = []
+        if self.waiting or self.left:
+            self.loop.call_soon_threadsafe(self.news.set)
 
     @property
     def idle(self) -> bool:
         """It has nothing more to hear."""
-        return not (self.open or self.waiting or (self.line and self.line.busy))
+        with self.lock:
+            return not (self.open or self.waiting or (self.line and self.line.busy))
 
     def cancel(self, number: int) -> None:
-        if call := self.open.pop(number, None):
+        with self.lock:
+            call = self.open.pop(number, None)
+        if call:
             call[1]()
 
 
@@ -108,7 +111,8 @@ class Replica:
         replica may be asked as well.
         """
         asker = self._client(client)
-        answer = self._take(asker, request)
+        with asker.lock:
+            answer = self._take(asker, request)
         if not asker.listens:
             asker.loop.call_later(SILENT_S, self._forget_the_deaf, client)
         return answer
@@ -124,10 +128,12 @@ class Replica:
         if replica != self._name:
             raise ReplicaLostError(f"replica {replica} is gone")
         asker = self._client(client)
-        asker.listens, asker.line = True, Line.at(address, lambda request: self._asked(asker, request))
-        if asker.line:
-            asker.line.say([])
-        asker.tell()
+        line = Line.at(address, lambda request: self._asked(asker, request))
+        if line:
+            line.say([])
+        with asker.lock:
+            asker.listens, asker.line, asker.left = True, line, False
+            asker.tell()
         try:
             while not asker.left:
                 try:
@@ -138,13 +144,15 @@ class Replica:
                         return
                     continue
                 asker.news.clear()
-                message, asker.waiting = asker.waiting, []
+                with asker.lock:
+                    message, asker.waiting = asker.waiting, []
                 if message:
                     yield message
         finally:
-            self._forget(client)
-            if asker.line:
-                asker.line.close()
+            if asker.line is line:  # else a newer stream has taken over
+                self._forget(client)
+            if line:
+                line.close()
 
     async def cancel(self, replica: str, client: str, number: int) -> None:
         """The gateway's reader of this request has left."""
@@ -175,10 +183,10 @@ class Replica:
         self._worker.check()
 
     def _take(self, asker: _Client, request: Request) -> Answer:
-        """Raises ReplicaLostError."""
+        """For who has its lock: the engine's first word must not come before the answer. Raises ReplicaLostError."""
         number, params = request.number, request.params
         try:
-            cancel = self._worker.submit(asker.sink, number, request.tokens, params, admitted=request.admitted)
+            cancel = self._worker.submit(asker, number, request.tokens, params, admitted=request.admitted)
         except OverloadedError as error:
             return Answer(self._name, error)
         asker.open[number] = params.n, cancel
@@ -186,11 +194,12 @@ class Replica:
 
     def _asked(self, asker: _Client, request: Request) -> None:
         """Through the line."""
-        try:
-            asker.waiting.append((request.number, self._take(asker, request)))
-        except ReplicaLostError as error:
-            asker.waiting.append((request.number, error))
-        asker.tell()
+        with asker.lock:
+            try:
+                asker.waiting.append((request.number, self._take(asker, request)))
+            except ReplicaLostError as error:
+                asker.waiting.append((request.number, error))
+            asker.tell()
 
     def _client(self, name: str) -> _Client:
         if name not in self._clients:
@@ -199,6 +208,8 @@ class Replica:
 
     def _forget(self, client: str) -> None:
         if asker := self._clients.pop(client, None):
+            with asker.lock:
+                asker.line, asker.closed = None, True
             for number in list(asker.open):
                 asker.cancel(number)
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
+from typing import Protocol
 
 from nanochat.engine.engine import Engine
 from nanochat.engine.sampler import SampleParams
@@ -24,15 +25,24 @@ from pipelines.service.protocol import ReplicaLostError
 logger = logging.getLogger(__name__)
 
 
-class Sink:
-    """Where a caller hears of its requests: a function, called on its loop."""
+class Sink(Protocol):
+    """Where a caller hears of its requests."""
+
+    closed: bool  # nobody is left to hear
+
+    def put(self, message: Sequence[Heard]) -> None:
+        """Called by the thread: a step waits for it."""
+
+
+class LoopSink:
+    """A function, called on the caller's loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, hear: Callable[[Sequence[Heard]], None]) -> None:
         self._loop, self._hear = loop, hear
-        self.closed = False  # nobody is left to hear
+        self.closed = False
 
     def put(self, message: Sequence[Heard]) -> None:
-        """Called by the thread."""
+        """As Sink.put."""
         try:
             self._loop.call_soon_threadsafe(self._hear, message)
         except RuntimeError:  # the loop is closed
@@ -92,7 +102,7 @@ class Worker:
         """As Backend.generate. Raises ValueError too."""
         calls = Calls()
         number = calls.open()
-        sink = Sink(asyncio.get_running_loop(), calls.hear)
+        sink = LoopSink(asyncio.get_running_loop(), calls.hear)
         cancel = self.submit(sink, number, tokens, params, admitted=admitted)
         try:
             async with aclosing(calls.outputs(number, params.n)) as outputs:
