@@ -1,12 +1,13 @@
 """Server-sent events to a client that may read slowly or leave.
 
 Replies are made at the engine's speed, whoever reads. What the client has not taken waits here, MOST_HELD bytes at
-most; a client that lets more pile up, or takes nothing for STUCK_S, loses its reply, and the engine its request: an
-engine that waited for a reader would keep the blocks of the cache from everybody else.
+most; a client that lets more pile up, or takes nothing for STUCK_S to twice that, loses its reply, and the engine its
+request: an engine that waited for a reader would keep the blocks of the cache from everybody else.
 What waits when the connection takes more is sent in one piece, so the first token goes at once and nothing is late.
 """
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing, suppress
@@ -39,14 +40,17 @@ class Events(StreamingResponse):
         self._held = 0  # bytes that wait
         self._news = asyncio.Event()
         self._ended = False
+        self._since: float | None = None  # when something was given to the connection that it has not taken
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         tasks = [asyncio.create_task(job) for job in (self._send(send), self._fill(), left(self._request))]
         sends, _, leaves = tasks
         try:
-            await asyncio.wait([sends, leaves], return_when=asyncio.FIRST_COMPLETED)
+            done: set[asyncio.Task[None]] = set()
+            while not done and not self._stuck():  # a timeout for each piece would cost a tenth of sending it
+                done, _ = await asyncio.wait([sends, leaves], timeout=STUCK_S, return_when=asyncio.FIRST_COMPLETED)
             if sends.done():
-                with suppress(OSError, TimeoutError):  # the client has left, or is stuck
+                with suppress(OSError):  # the client has left
                     sends.result()
         finally:
             for task in tasks:
@@ -72,22 +76,26 @@ class Events(StreamingResponse):
         self._held += len(data)
         self._news.set()
 
+    def _stuck(self) -> bool:
+        return self._since is not None and time.monotonic() - self._since > STUCK_S
+
     async def _send(self, send: Send) -> None:
-        start = {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
-        await send(start)
+        self._since = time.monotonic()
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         while self._waiting or not self._ended:
             if not self._waiting:
                 self._news.clear()
+                self._since = None
                 await self._news.wait()
                 continue
-            piece = bytearray(self._waiting.popleft())
-            while self._waiting and len(piece) + len(self._waiting[0]) <= PIECE:
-                piece += self._waiting.popleft()
-            async with asyncio.timeout(STUCK_S):
-                await send({"type": "http.response.body", "body": bytes(piece), "more_body": True})
-            self._held -= len(piece)
-        async with asyncio.timeout(STUCK_S):
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            pieces, size = [], 0
+            while self._waiting and (not pieces or size + len(self._waiting[0]) <= PIECE):
+                pieces.append(self._waiting.popleft())
+                size += len(pieces[-1])
+            self._since = time.monotonic()
+            await send({"type": "http.response.body", "body": b"".join(pieces), "more_body": True})
+            self._held -= size
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def unless_left(request: Request, job: Coroutine[Any, Any, T]) -> T:
@@ -99,6 +107,7 @@ async def unless_left(request: Request, job: Coroutine[Any, Any, T]) -> T:
             raise ClientDisconnect
         return works.result()
     finally:
-        for task in (works, leaves):
-            task.cancel()
-        await asyncio.gather(works, leaves, return_exceptions=True)
+        leaves.cancel()
+        if not works.done():
+            works.cancel()
+            await asyncio.gather(works, return_exceptions=True)
