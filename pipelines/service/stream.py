@@ -88,7 +88,8 @@ class Events(StreamingResponse):
                 self._since = None
                 await self._news.wait()
                 continue
-            pieces, size = [], 0
+            pieces: list[bytes] = []
+            size = 0
             while self._waiting and (not pieces or size + len(self._waiting[0]) <= PIECE):
                 pieces.append(self._waiting.popleft())
                 size += len(pieces[-1])
