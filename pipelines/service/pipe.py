@@ -26,11 +26,11 @@ Hear = Callable[[Any], None]  # is called with a message
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Of a line's far end. Files and what lies there (inodes), so that no other file is taken for them."""
+    """Of a line's far end. inode: what lies there, so that no other process's file is taken for it."""
 
     boot: str
     process: int
-    reads: tuple[int, int]
+    reads: tuple[int, int]  # file, inode
     writes: tuple[int, int]
 
 

@@ -129,12 +129,12 @@ class Replica:
             raise ReplicaLostError(f"replica {replica} is gone")
         asker = self._client(client)
         line = Line.at(address, lambda request: self._asked(asker, request))
-        if line:
-            line.say([])
-        with asker.lock:
-            asker.listens, asker.line, asker.left = True, line, False
-            asker.tell()
         try:
+            if line:
+                line.say([])
+            with asker.lock:
+                asker.listens, asker.line, asker.left = True, line, False
+                asker.tell()
             while not asker.left:
                 try:
                     async with asyncio.timeout(IDLE_S):

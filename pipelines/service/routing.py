@@ -1,9 +1,9 @@
 """Which replica a call of Ray Serve goes to: where it is told.
 
 Every method has a replica's id as its first argument, or "": any. If that replica is gone the call goes to another,
-which sees by the id that it is not meant. `submit(replica, client, request, refused)` may be
-answered by any; where it names none that is there, the Ledger of this process places it. Nothing waits for a replica:
-how full it is, it says itself when it is asked.
+which sees by the id that it is not meant. `submit(replica, client, request, refused)` may be answered by any: where it
+names none that is there, the Ledger of this process places it. Nothing waits for a replica: how full it is, it says
+itself when it is asked.
 """
 
 import asyncio

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from pipelines.service.answers import event
 from pipelines.service.intake import left
@@ -80,12 +80,15 @@ class Events(StreamingResponse):
         return self._since is not None and time.monotonic() - self._since > STUCK_S
 
     async def _send(self, send: Send) -> None:
-        self._since = time.monotonic()
-        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        async def give(message: Message) -> None:
+            self._since = time.monotonic()
+            await send(message)
+            self._since = None
+
+        await give({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         while self._waiting or not self._ended:
             if not self._waiting:
                 self._news.clear()
-                self._since = None
                 await self._news.wait()
                 continue
             pieces: list[bytes] = []
@@ -93,10 +96,9 @@ class Events(StreamingResponse):
             while self._waiting and (not pieces or size + len(self._waiting[0]) <= PIECE):
                 pieces.append(self._waiting.popleft())
                 size += len(pieces[-1])
-            self._since = time.monotonic()
-            await send({"type": "http.response.body", "body": b"".join(pieces), "more_body": True})
+            await give({"type": "http.response.body", "body": b"".join(pieces), "more_body": True})
             self._held -= size
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        await give({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def unless_left(request: Request, job: Coroutine[Any, Any, T]) -> T:

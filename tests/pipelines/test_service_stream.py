@@ -126,6 +126,30 @@ def test_a_client_that_is_stuck_is_given_up(monkeypatch: pytest.MonkeyPatch) -> 
     assert backend.closed == [True]
 
 
+def test_a_client_that_is_stuck_at_the_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All was made long ago; what the connection does not take is the last word."""
+    monkeypatch.setattr(stream, "STUCK_S", 0.1)
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        yield b"all"
+
+    async def receive() -> dict[str, str]:
+        await asyncio.sleep(3600)
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        if not message.get("more_body", True):
+            await asyncio.sleep(3600)
+
+    async def run() -> None:
+        from starlette.requests import Request
+
+        async with asyncio.timeout(5):
+            await stream.Events(Request({"type": "http"}, receive), events())({"type": "http"}, receive, send)
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("when", ["not streamed", "streamed", "before the first token"])
 def test_a_client_that_leaves_frees_its_blocks_in_half_a_second(when: str) -> None:
     class Slow(Engine):
