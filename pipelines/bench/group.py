@@ -11,8 +11,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from nanochat.bench.trainer import BATCH_TOKENS
-from pipelines.bench.processes import descendants
 from pipelines.bench.ranks import Hello, RankSetup, Took
+from pipelines.processes import descendants
 
 START_S = 180  # ranks that take longer are not coming
 END_S = 60

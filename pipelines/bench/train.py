@@ -31,8 +31,8 @@ from nanochat.bench.train import TORCHRUN, about, config_of
 from nanochat.bench.trainer import WARM_UP
 from nanochat.train import StepDone
 from pipelines.bench.group import END_S, Group, listening, torchrun
-from pipelines.bench.processes import cpu_seconds, descendants, name, paused
 from pipelines.bench.ranks import RankSetup, serve
+from pipelines.processes import cpu_seconds, descendants, name, paused
 from pipelines.ray_local import ray_running
 from pipelines.stages._fit import SAY_EVERY_S, followed_board
 from pipelines.stages._trainer import LeanTrainer

@@ -7,6 +7,7 @@ worker that is lost, or a number of workers that changes, is a new start from th
 """
 
 import json
+import os
 import signal
 import threading
 import time
@@ -34,6 +35,7 @@ from nanochat.model import GPT
 from nanochat.optim import build_optimizer
 from nanochat.parallel import Ranks
 from nanochat.train import StepDone, TrainPlan, train
+from pipelines import processes
 from pipelines.artifacts import Dir
 from pipelines.curves import EVENTS, TRACE, LiveCurves, Observer, Row, event_file, numbers, summary, traced
 from pipelines.runner import Job, Progress
@@ -42,6 +44,9 @@ from pipelines.stages._trainer import LeanTrainer
 
 STEPS = "steps.jsonl"  # one line a step, in the artifact
 SAY_EVERY_S = 1.0
+# Of a Ray on this machine, by name: each wakes a hundred times a second, whatever there is to do.
+WATCHERS = ("ray::Board", "ray::TrainController", "ray::SynchronizationActor", "ray::DashboardAgent")
+STAND_BACK_EVERY_S = 10.0  # for a new start has new ones
 GRACE_S = 15.0  # for the workers to save, when the driver is told to end
 RAY_FILES = "ray-train"  # a folder beside work/ for what Ray Train writes for itself; of no use to us
 
@@ -171,14 +176,23 @@ def _watching(job: Job) -> Iterator[Any]:
 
 @contextmanager
 def followed_board(hear: Callable[[Row | None, int], None]) -> Iterator[Any]:
-    """A Board on this node, and a thread that hears what it says."""
+    """A Board on this node, and a thread that hears what it says.
+
+    While there are steps, what only watches of a Ray that this process has begun leaves the cores to them.
+    """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may be lost
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
     stop = threading.Event()
 
     def watch() -> None:
+        stood_back = float("-inf")
         while not stop.wait(SAY_EVERY_S):
-            hear(*ray.get(board.read.remote()))
+            row, committed = ray.get(board.read.remote())
+            hear(row, committed)
+            if row is not None and time.monotonic() - stood_back > STAND_BACK_EVERY_S:
+                stood_back = time.monotonic()
+                ours = processes.descendants(os.getpid())
+                processes.stand_back({pid for pid in ours if processes.name(pid).startswith(WATCHERS)})
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -317,9 +331,10 @@ def _told(steps: Iterator[StepDone], history: list[Row], board: Any, observer: O
     for done in steps:
         history.append(observer.row(done))
         now = time.monotonic()
-        if now - said > SAY_EVERY_S or done.step == done.steps:
-            if answer is not None and ray.get(answer):
-                told_to_end.set()
+        due = now - said > SAY_EVERY_S and (answer is None or ray.wait([answer], timeout=0)[0])  # the board may be late
+        if due and answer is not None and ray.get(answer):
+            told_to_end.set()
+        if due or done.step == done.steps:
             said, answer = now, board.put.remote(history[-1])
         yield done
 
