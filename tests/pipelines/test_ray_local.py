@@ -19,8 +19,8 @@ program = os.getpid()
 
 def family():
     return [
-        (" ".join(process.cmdline()), [os.sched_getscheduler(thread.id) == os.SCHED_IDLE for thread in process.threads()])
-        for process in psutil.Process(program).children(recursive=True)
+        (" ".join(one.cmdline()), [os.sched_getscheduler(thread.id) == os.SCHED_IDLE for thread in one.threads()])
+        for one in psutil.Process(program).children(recursive=True)
     ]
 
 def look(settings):
