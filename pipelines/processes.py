@@ -1,9 +1,9 @@
-"""Processes of this machine, as Linux's /proc tells: who began whom, what each has used; and who comes first."""
+"""Processes of this machine, as Linux's /proc tells: who began whom, what each has used."""
 
 import os
 import signal
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 PROC = Path("/proc")
@@ -39,17 +39,6 @@ def name(pid: int) -> str:
     words = [word for word in words if not word.startswith("-")]
     script = next((word for word in words[:3] if word.endswith(".py")), words[0] if words else "")
     return Path(script.split(" ")[0]).name or "gone"
-
-
-def stand_back(pids: Collection[int]) -> None:
-    """From now on they run only while a core has nothing else to do: Linux's SCHED_IDLE. Elsewhere nothing happens.
-
-    Being nice is not enough: the nicest process still stops another for each of its wake-ups.
-    """
-    for pid in pids:
-        with suppress(OSError, AttributeError):  # it is gone; this system has no such thing
-            for thread in (PROC / str(pid) / "task").iterdir():
-                os.sched_setscheduler(int(thread.name), os.SCHED_IDLE, os.sched_param(0))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import signal
 import socket
 import threading
 from collections.abc import Iterator, MutableMapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipelines.plan import Step
@@ -20,12 +20,30 @@ SETTINGS = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
-# Of a Ray of one machine, where each process of its own takes 0.4% of two cores: it wakes a hundred times a second.
+# Of a Ray of one machine, whose every wake-up stops one of two threads of a training, for which the other waits. Each
+# process of Ray takes 0.4% of two cores, since it wakes a hundred times a second.
 LOCAL = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process that looks for nodes which are taken away
     "RAY_enable_worker_prestart": "0",  # processes in advance, while those that are needed wait for the processor
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_num_workers_soft_limit": "0",  # idle processes that are kept for longer than a second
+    "RAY_task_events_report_interval_ms": "0",  # for a dashboard that is not there
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
     "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",  # of its controller, which at 0.1 takes 3% of a core
     "RAY_worker_niceness": "0",  # Ray's own is 15, where whatever else runs on the machine comes first
+    **dict.fromkeys(
+        # What raylet looks at four to ten times a second: free resources and memory, the disk, idle processes.
+        [
+            "RAY_raylet_report_resources_period_milliseconds",
+            "RAY_raylet_check_gc_period_milliseconds",
+            "RAY_memory_monitor_refresh_ms",
+            "RAY_local_fs_monitor_interval_ms",
+            "RAY_kill_idle_workers_interval_ms",
+            "RAY_object_manager_timer_freq_ms",
+        ],
+        "1000",
+    ),
+    "RAY_io_context_monitor_probe_interval_ms": "10000",  # whether raylet's and GCS's own threads are late
+    "RAY_gcs_pull_resource_loads_period_milliseconds": "10000",  # for an autoscaler that is not there
 }
 
 
@@ -89,6 +107,18 @@ def ray_running(address: str | None, cpus: int) -> Iterator[str]:
         yield ray.get_runtime_context().gcs_address
     finally:
         ray.shutdown()
+
+
+def end_data_helpers() -> None:
+    """Of Ray Data, whose two actors outlive it, in a Ray that this process has started; others may use a cluster's."""
+    import ray
+    from ray._private import worker
+    from ray.data._internal.stats import STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE
+
+    if worker._global_node.is_head():
+        for name, namespace in ((STATS_ACTOR_NAME, STATS_ACTOR_NAMESPACE), ("AutoscalingCoordinator",) * 2):
+            with suppress(ValueError):  # there is none
+                ray.kill(ray.get_actor(name, namespace))
 
 
 def _end_helpers() -> None:

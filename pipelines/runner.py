@@ -63,6 +63,7 @@ class Job:
     work: Dir  # kept when the stage fails, so that the next try can resume
     base: Path  # the folder of the pipeline file: relative paths begin there
     say: Callable[[Progress], None]  # from any thread
+    lost: Callable[[], bool] = lambda: False  # whether another run has taken the stage over: nothing may be written
     sources: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # filled by `source`
 
     def source(self, name: str) -> list[SourceFile]:
@@ -259,6 +260,7 @@ class _Maker:
             work=work,
             base=options.base,
             say=self._say,
+            lost=self.lease.lost,
         )
         started, clock = datetime.now(UTC), time.monotonic()
         metrics, files = self._call(target, job)
@@ -293,19 +295,13 @@ class _Maker:
     def _call(self, target: str, job: Job) -> tuple[dict[str, float], tuple[File, ...]]:
         """Runs the stage's function; its metrics, and what it wrote."""
         module, _, name = target.partition(":")
-        handler = signal.getsignal(signal.SIGINT)
         try:
             function: StageFn = getattr(import_module(module), name)
             metrics = function(self.step.spec, job)
             _check_metrics(metrics)
             return metrics, job.out.written()
-        except SystemExit as error:  # what Ray Train makes of Ctrl-C
-            raise KeyboardInterrupt from error
         except Exception as error:
             raise _plain(self.step.name, error) from error
-        finally:
-            if threading.current_thread() is threading.main_thread():
-                signal.signal(signal.SIGINT, handler)  # Ray Train puts its own there and leaves it
 
     def _say(self, progress: Progress) -> None:
         self.lease.progress(asdict(progress))

@@ -123,7 +123,10 @@ class Cluster:
             raise
 
     def join(self) -> Node:
+        """One more, which the others know when this returns."""
         self.nodes.append(Node(self.base, f"--address=127.0.0.1:{self.port}"))
+        count = [str(BIN / "python"), "-c", COUNT, str(len(self.nodes))]
+        subprocess.run(count, env=self.base.environment, cwd=self.base.home, check=True, timeout=60)
         return self.nodes[-1]
 
     def end(self) -> None:
@@ -136,6 +139,12 @@ class Cluster:
             return one.connect_ex(("127.0.0.1", self.port)) == 0
 
 
+COUNT = """
+import sys, time, ray
+ray.init(address="auto", log_to_driver=False)
+while len(ray.nodes()) < int(sys.argv[1]):
+    time.sleep(0.1)
+"""
 DRAIN = """
 import subprocess, sys, ray
 ray.init(address="auto", log_to_driver=False)
@@ -168,8 +177,8 @@ def test_a_lost_worker_and_one_that_comes_back_change_nothing(calm: Base, cluste
     second.kill()
     lost = time.time()
     until(lambda: grown(2, 1), process)
-    cluster.join()
     back = time.time()
+    cluster.join()
     until(lambda: grown(3, 2), process)
     print(
         f"alone after {groups(base)[1][0]['at'] - lost:.1f} s, two again after {groups(base)[-1][0]['at'] - back:.1f} s"
@@ -245,13 +254,15 @@ def test_a_worker_that_is_told_to_end_saves_first(calm: Base, make: Make) -> Non
     assert_clean(base)
 
 
-def test_a_driver_that_is_told_to_end_lets_its_workers_save_first(calm: Base, make: Make) -> None:
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
+def test_a_driver_that_is_told_to_end_lets_its_workers_save_first(calm: Base, make: Make, told: signal.Signals) -> None:
     base = make({"place.base.checkpoint_s": "100"})
     process = base.start()
     until(lambda: len(base.taken()) > 5, process)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(told)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
+    assert "Traceback" not in said
     assert left_over(base.home) == []
     began, process = time.time(), base.start()
     said, _ = process.communicate()

@@ -16,7 +16,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from pipelines.bench.group import END_S, Group, listening, torchrun
 from pipelines.bench.ranks import RankSetup, serve
 from pipelines.processes import cpu_seconds, descendants, name, paused
 from pipelines.ray_local import ray_running
-from pipelines.stages._fit import SAY_EVERY_S, followed_board
+from pipelines.stages._fit import heard, told
 from pipelines.stages._trainer import LeanTrainer
 
 STARTS = 3  # of Ray's workers, one after the other
@@ -140,11 +140,11 @@ def _by_ray(world: int, setup: RankSetup, folder: Path) -> Iterator[tuple[Group,
     time until its end went.
     """
     stamps = folder / f"stamps-{uuid.uuid4().hex[:8]}"
-    with listening(folder) as (server, door), followed_board(lambda *said: None) as board:
+    with listening(folder) as (server, door):
         group = Group(world)
         trainer = LeanTrainer(
             _work,
-            train_loop_config={"door": door, "board": board},
+            train_loop_config={"door": door},
             torch_config=_Timed(backend="gloo", stamps=str(stamps)),
             scaling_config=ScalingConfig(num_workers=world, resources_per_worker={"CPU": setup.threads}),
             run_config=RunConfig(
@@ -170,25 +170,22 @@ def _by_ray(world: int, setup: RankSetup, folder: Path) -> Iterator[tuple[Group,
 
         try:
             group.meet(server, setup, thread.is_alive)
-            yield group, first_step
+            with heard(trainer, lambda *said: None):
+                yield group, first_step
         finally:
             group.end()
             thread.join(END_S)
+            trainer.end()
 
 
 def _work(settings: dict[str, Any]) -> None:
     """Runs in each of Ray's workers."""
     context = ray.train.get_context()
-    said = time.monotonic()
 
     def say(done: StepDone) -> None:
-        nonlocal said
-        if context.get_world_rank() == 0 and time.monotonic() - said > SAY_EVERY_S:
-            said = time.monotonic()
-            settings["board"].put.remote(done)
+        told.latest = asdict(done)
 
     serve(context.get_world_rank(), context.get_world_size(), settings["door"], say)
-    ray.train.report({})
 
 
 class _TimedBackend(TorchConfig().backend_cls):  # type: ignore[misc]

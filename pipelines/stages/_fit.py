@@ -1,13 +1,12 @@
 """A nanochat training loop handed to Ray Train: what pretrain and sft have in common.
 
-The workers read their rows from the shards, write their own checkpoints, and say each step to a small actor that the
-driver reads. `ray.train.report` is called once, at the end: Ray paces it by a poll of its controller, and what it
-acknowledges can still be lost (docs/DECISIONS.md). What counts is the newest checkpoint that has its own manifest; a
-worker that is lost, or a number of workers that changes, is a new start from there.
+The workers read their rows from the shards, write their own checkpoints, and keep what there is to tell until the
+driver asks. `ray.train.report` is not called: Ray paces it by a poll of its controller, and what it acknowledges can
+still be lost (docs/DECISIONS.md). What counts is the newest checkpoint that has its own manifest; a worker that is
+lost, or a number of workers that changes, is a new start from there.
 """
 
 import json
-import os
 import signal
 import threading
 import time
@@ -15,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import ray
@@ -24,7 +24,6 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2.api.config import LoggingConfig
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from nanochat import checkpoint
 from nanochat.checkpoint import Saver
@@ -35,7 +34,6 @@ from nanochat.model import GPT
 from nanochat.optim import build_optimizer
 from nanochat.parallel import Ranks
 from nanochat.train import StepDone, TrainPlan, train
-from pipelines import processes
 from pipelines.artifacts import Dir
 from pipelines.curves import EVENTS, TRACE, LiveCurves, Observer, Row, event_file, numbers, summary, traced
 from pipelines.runner import Job, Progress
@@ -44,9 +42,6 @@ from pipelines.stages._trainer import LeanTrainer
 
 STEPS = "steps.jsonl"  # one line a step, in the artifact
 SAY_EVERY_S = 1.0
-# Of a Ray on this machine, by name: each wakes a hundred times a second, whatever there is to do.
-WATCHERS = ("ray::Board", "ray::TrainController", "ray::SynchronizationActor", "ray::DashboardAgent")
-STAND_BACK_EVERY_S = 10.0  # for a new start has new ones
 GRACE_S = 15.0  # for the workers to save, when the driver is told to end
 RAY_FILES = "ray-train"  # a folder beside work/ for what Ray Train writes for itself; of no use to us
 
@@ -77,39 +72,15 @@ class Fit:
     mask_documents: bool = False
 
 
-class Board:
-    """An actor: rank 0 says how far it is, and the driver reads it; the driver says when to end, and rank 0 does."""
+@dataclass
+class Told:
+    """What rank 0 has to tell. It stays in its process until the driver asks, so nobody waits for anybody."""
 
-    def __init__(self) -> None:
-        self.latest: Row | None = None
-        self.committed = 0
-        self.end = self.left = False
+    latest: Row | None = None  # the newest step
+    committed: int = 0  # a restart goes on from this step, or from a later one
 
-    def put(self, row: Row) -> bool:
-        """Keeps the newest step. Says whether the workers are to save and leave."""
-        self.latest = row
-        return self.end
 
-    def commit(self, step: int) -> None:
-        """From now on a restart goes on from this step, or from a later one."""
-        self.committed = step
-
-    def read(self) -> tuple[Row | None, int]:
-        """The newest step, or None before the first; the newest committed one."""
-        return self.latest, self.committed
-
-    def tell_to_end(self) -> bool:
-        """Lets the workers save and leave. Says whether there is something to save."""
-        self.end = True
-        return self.latest is not None
-
-    def leave(self) -> None:
-        """The workers saved."""
-        self.left = True
-
-    def have_left(self) -> bool:
-        """Whether they did."""
-        return self.left
+told = Told()  # of this process, which is of one start of one rank
 
 
 def fit(job: Job, task: Fit) -> dict[str, float]:
@@ -117,34 +88,36 @@ def fit(job: Job, task: Fit) -> dict[str, float]:
     place, store, address = job.step.place, job.work.store, job.step.address
     resources = {"CPU": place.cpus} | ({"GPU": 1} if place.gpu else {})
     store.remove(address, RAY_FILES)  # of a driver that was killed
-    with _watching(job) as board:
-        trainer = LeanTrainer(
-            _work,
-            train_loop_config={"task": task, "out": job.out, "work": job.work, "place": place, "board": board},
-            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if place.gpu else "gloo"),
-            scaling_config=ScalingConfig(
-                num_workers=place.workers,
-                # Growing is a new start too: no more often than checkpoints, or it would never get anywhere.
-                elastic_resize_monitor_interval_s=place.checkpoint_s,
-                use_gpu=place.gpu is not None,
-                resources_per_worker=resources,
-                accelerator_type=place.gpu,
-            ),
-            run_config=RunConfig(
-                name=uuid.uuid4().hex[:8],  # never the same twice: Ray must not resume by itself
-                storage_path=store.dir(address, RAY_FILES).uri(),
-                failure_config=FailureConfig(max_failures=place.retries),
-                worker_runtime_env=_environment(place),
-                logging_config=LoggingConfig(log_level="WARNING"),
-            ),
-        )
-        try:
+    trainer = LeanTrainer(
+        _work,
+        train_loop_config={"task": task, "out": job.out, "work": job.work, "place": place},
+        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if place.gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=place.workers,
+            # Growing is a new start too: no more often than checkpoints, or it would never get anywhere.
+            elastic_resize_monitor_interval_s=place.checkpoint_s,
+            use_gpu=place.gpu is not None,
+            resources_per_worker=resources,
+            accelerator_type=place.gpu,
+        ),
+        run_config=RunConfig(
+            name=uuid.uuid4().hex[:8],  # never the same twice: Ray must not resume by itself
+            storage_path=store.dir(address, RAY_FILES).uri(),
+            failure_config=FailureConfig(max_failures=place.retries),
+            worker_runtime_env=_environment(place),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+    try:
+        with heard(trainer, partial(_say, job)):
             trainer.fit()
-        except KeyboardInterrupt:  # SIGTERM. At Ctrl-C Ray ends the workers itself, at once.
-            _let_them_save(board)
-            raise
-        finally:
-            store.remove(address, RAY_FILES)
+    except KeyboardInterrupt:
+        if not job.lost():
+            _let_them_save(trainer)
+        raise
+    finally:
+        trainer.end()
+        store.remove(address, RAY_FILES)
     return _summary(job, task)
 
 
@@ -158,58 +131,47 @@ def _environment(place: Place) -> dict[str, dict[str, str]]:
     return {"env_vars": told} if told else {}
 
 
-@contextmanager
-def _watching(job: Job) -> Iterator[Any]:
-    """An actor for the workers to say their steps to; a thread passes them on to `job.say`."""
-    said = None
-
-    def hear(row: Row | None, committed: int) -> None:
-        nonlocal said
-        if row is not None and (row["step"], committed) != said:
-            said = row["step"], committed
-            told = numbers(row) | {"checkpoint_step": committed}
-            job.say(Progress(done=row["step"], total=row["steps"], unit="step", numbers=told))
-
-    with followed_board(hear) as board:
-        yield board
+def _say(job: Job, row: Row, committed: int) -> None:
+    known = numbers(row) | {"checkpoint_step": committed}
+    job.say(Progress(done=row["step"], total=row["steps"], unit="step", numbers=known))
 
 
 @contextmanager
-def followed_board(hear: Callable[[Row | None, int], None]) -> Iterator[Any]:
-    """A Board on this node, and a thread that hears what it says.
-
-    While there are steps, what only watches of a Ray that this process has begun leaves the cores to them.
-    """
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)  # others may be lost
-    board = ray.remote(num_cpus=0, scheduling_strategy=here)(Board).remote()
+def heard(trainer: LeanTrainer, hear: Callable[[Row, int], None]) -> Iterator[None]:
+    """Meanwhile a thread asks rank 0 what it has to tell, and passes on what is new: a step, the committed one."""
     stop = threading.Event()
 
-    def watch() -> None:
-        stood_back = float("-inf")
+    def listen() -> None:
+        before = Told()
         while not stop.wait(SAY_EVERY_S):
-            row, committed = ray.get(board.read.remote())
-            hear(row, committed)
-            if row is not None and time.monotonic() - stood_back > STAND_BACK_EVERY_S:
-                stood_back = time.monotonic()
-                ours = processes.descendants(os.getpid())
-                processes.stand_back({pid for pid in ours if processes.name(pid).startswith(WATCHERS)})
+            now = trainer.ask_first(_answer)
+            if now and now.latest and now != before:
+                before = now
+                hear(now.latest, now.committed)
 
-    thread = threading.Thread(target=watch, daemon=True)
+    thread = threading.Thread(target=listen, daemon=True)
     thread.start()
     try:
-        yield board
+        yield
     finally:
         stop.set()
         thread.join()
-        ray.kill(board)
 
 
-def _let_them_save(board: Any) -> None:
-    end = time.monotonic() + GRACE_S
-    waiting = ray.get(board.tell_to_end.remote())
-    while waiting and time.monotonic() < end:
-        time.sleep(SAY_EVERY_S)
-        waiting = not ray.get(board.have_left.remote())
+def _answer() -> Told:
+    return told
+
+
+def _let_them_save(trainer: LeanTrainer) -> None:
+    """They do at the end of their step, and leave."""
+    if trainer.ask_first(_end_soon):
+        trainer.let_end(GRACE_S)
+
+
+def _end_soon() -> bool:
+    """Tells the workers to. Whether there is something to save."""
+    told_to_end.set()
+    return told.latest is not None
 
 
 def _work(settings: dict[str, Any]) -> None:
@@ -243,18 +205,17 @@ def _work(settings: dict[str, Any]) -> None:
     ranks.copy_from_first(model.parameters())  # one seed may draw other bits on another kind of processor
     plan = TrainPlan(steps=task.steps, batch_tokens=task.batch_tokens, optim=task.optim)
     steps = train(model, optimizer, loader.step, plan, start=start, ranks=ranks if ranks.world > 1 else None)
-    board = settings["board"]
+    told.committed = start
     if ranks.rank == 0:
-        board.commit.remote(start)
         if place.profile:
             out: Dir = settings["out"]
             steps = traced(steps, place.profile, start, lambda trace: out.put(TRACE, trace))
         observer = Observer(task.model, task.vocab_size, device, model.dtype, ranks.world)
-        steps = _told(steps, history, board, observer)
+        steps = _told(steps, history, observer)
         live = LiveCurves(work, history)
 
     def committed(step: int) -> None:
-        board.commit.remote(step)
+        told.committed = step
         live.draw(step)
 
     saver = Saver(
@@ -265,16 +226,10 @@ def _work(settings: dict[str, Any]) -> None:
         parts=ranks.world if shard else 1,
         committed=committed,
     )
-    try:
-        _take(steps, saver, history, ranks, place.checkpoint_s)
-    except ToldToEndError:
-        if ranks.rank == 0:
-            ray.get(board.leave.remote())
-        raise
+    _take(steps, saver, history, ranks, place.checkpoint_s)
     if ranks.rank == 0:
         _put_result(settings["out"], model, history)
         live.end()
-    ray.train.report({})
 
 
 def _take(steps: Iterator[StepDone], saver: Saver, history: list[Row], ranks: Ranks, checkpoint_s: float) -> None:
@@ -325,17 +280,11 @@ def _resume_point(work: Dir) -> int:
     return start
 
 
-def _told(steps: Iterator[StepDone], history: list[Row], board: Any, observer: Observer) -> Iterator[StepDone]:
-    """The same steps, kept in `history` and said to the driver, which may answer that it is time to end."""
-    said, answer = time.monotonic(), None
+def _told(steps: Iterator[StepDone], history: list[Row], observer: Observer) -> Iterator[StepDone]:
+    """The same steps, kept in `history` and for the driver to hear."""
     for done in steps:
         history.append(observer.row(done))
-        now = time.monotonic()
-        due = now - said > SAY_EVERY_S and (answer is None or ray.wait([answer], timeout=0)[0])  # the board may be late
-        if due and answer is not None and ray.get(answer):
-            told_to_end.set()
-        if due or done.step == done.steps:
-            said, answer = now, board.put.remote(history[-1])
+        told.latest = history[-1]
         yield done
 
 

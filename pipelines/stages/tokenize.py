@@ -21,6 +21,7 @@ from nanochat.shards import Doc, write_shard
 from nanochat.tokenizer import Vocabulary
 from pipelines.artifacts import Dir
 from pipelines.documents import Format
+from pipelines.ray_local import end_data_helpers
 from pipelines.runner import Job, Progress, StageFailed
 from pipelines.sources import SourceFile, holdout_score, read, sizes
 from pipelines.spec import Tokenize
@@ -64,6 +65,7 @@ def run(spec: Tokenize, job: Job) -> dict[str, float]:
         for name in ("tokens", "heldout_tokens", "text_bytes"):
             totals[name] = totals.get(name, 0) + row[name]
         job.say(Progress(done=done, total=len(shards), unit="shard", numbers={}))
+    end_data_helpers()
     if spec.format == "text":  # of a chat, only what the assistant says is counted in bytes
         totals["bytes_per_token"] = totals["text_bytes"] / (totals["tokens"] + totals["heldout_tokens"])
     return totals

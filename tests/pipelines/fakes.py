@@ -1,8 +1,6 @@
 """Stages without torch or Ray, for tests of the pipeline layer. Named in STAGES as the real ones are."""
 
 import json
-import signal
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -67,12 +65,6 @@ def interrupted(spec: Any, job: Job) -> dict[str, float]:
     """Ctrl-C after some work."""
     job.work.put("step-1", b"1")
     raise KeyboardInterrupt
-
-
-def abandoned(spec: Any, job: Job) -> dict[str, float]:
-    """What Ray Train makes of Ctrl-C: it leaves a handler of its own behind, and exits."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit(0)
 
 
 def unlisted(spec: Any, job: Job) -> dict[str, float]:

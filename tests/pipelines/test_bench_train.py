@@ -22,7 +22,7 @@ from pipelines.bench import train as ray_bench
 from pipelines.bench.group import Group, torchrun
 from pipelines.bench.ranks import RankSetup
 from pipelines.bench.train import _beside, _Rounds
-from pipelines.processes import cpu_seconds, descendants, name, paused, stand_back
+from pipelines.processes import cpu_seconds, descendants, name, paused
 
 SLEEP = "import time; time.sleep(60)"
 SPIN = "while True: pass"
@@ -74,22 +74,6 @@ def test_processes_are_found_and_what_they_use(start: Callable[[str], int]) -> N
     assert (cpu_seconds(grandchild), name(grandchild)) == (0.0, "gone")
     with paused([grandchild]):
         pass
-
-
-@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="this system has no SCHED_IDLE")
-def test_who_stands_back_runs_on_idle_cores_only(start: Callable[[str], int]) -> None:
-    first, last = start(SPIN), start(SPIN)
-    until(lambda: cpu_seconds(first) > 0.1 and cpu_seconds(last) > 0.1)
-    core = {min(os.sched_getaffinity(0))}
-    for pid in (first, last):
-        os.sched_setaffinity(pid, core)
-    stand_back([last, 2**22 + 1])
-    before = cpu_seconds(first), cpu_seconds(last)
-    time.sleep(2)
-    took = cpu_seconds(first) - before[0], cpu_seconds(last) - before[1]
-    assert took[1] < 0.1 * took[0], took
-    os.kill(first, signal.SIGKILL)
-    until(lambda: cpu_seconds(last) - before[1] > 0.5)
 
 
 def setup(threads: int = 1) -> RankSetup:
