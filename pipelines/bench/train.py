@@ -34,7 +34,7 @@ from pipelines.bench.group import END_S, Group, listening, torchrun
 from pipelines.bench.ranks import RankSetup, serve
 from pipelines.processes import cpu_seconds, descendants, name, paused
 from pipelines.ray_local import ray_running
-from pipelines.stages._fit import heard, told
+from pipelines.stages._fit import heard, news
 from pipelines.stages._trainer import LeanTrainer
 
 STARTS = 3  # of Ray's workers, one after the other
@@ -183,7 +183,7 @@ def _work(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
 
     def say(done: StepDone) -> None:
-        told.latest = asdict(done)
+        news.latest = asdict(done)
 
     serve(context.get_world_rank(), context.get_world_size(), settings["door"], say)
 

@@ -42,6 +42,7 @@ from pipelines.stages._trainer import LeanTrainer
 
 STEPS = "steps.jsonl"  # one line a step, in the artifact
 SAY_EVERY_S = 1.0
+BREATH_S = 0.05  # between two questions, for whoever else has one
 GRACE_S = 15.0  # for the workers to save, when the driver is told to end
 RAY_FILES = "ray-train"  # a folder beside work/ for what Ray Train writes for itself; of no use to us
 
@@ -73,14 +74,15 @@ class Fit:
 
 
 @dataclass
-class Told:
+class News:
     """What rank 0 has to tell. It stays in its process until the driver asks, so nobody waits for anybody."""
 
     latest: Row | None = None  # the newest step
     committed: int = 0  # a restart goes on from this step, or from a later one
 
 
-told = Told()  # of this process, which is of one start of one rank
+news = News()  # of this process, which is of one start of one rank
+over = threading.Event()  # its training
 
 
 def fit(job: Job, task: Fit) -> dict[str, float]:
@@ -123,12 +125,12 @@ def fit(job: Job, task: Fit) -> dict[str, float]:
 
 def _environment(place: Place) -> dict[str, dict[str, str]]:
     """What a worker's process must have before it begins: NCCL reads nothing else."""
-    told = {}
+    named = {}
     if place.nccl and place.nccl.algorithm:
-        told["NCCL_ALGO"] = {"ring": "Ring", "tree": "Tree", "nvls": "NVLS"}[place.nccl.algorithm]
+        named["NCCL_ALGO"] = {"ring": "Ring", "tree": "Tree", "nvls": "NVLS"}[place.nccl.algorithm]
     if place.nccl and place.nccl.interface:
-        told["NCCL_SOCKET_IFNAME"] = place.nccl.interface
-    return {"env_vars": told} if told else {}
+        named["NCCL_SOCKET_IFNAME"] = place.nccl.interface
+    return {"env_vars": named} if named else {}
 
 
 def _say(job: Job, row: Row, committed: int) -> None:
@@ -142,8 +144,8 @@ def heard(trainer: LeanTrainer, hear: Callable[[Row, int], None]) -> Iterator[No
     stop = threading.Event()
 
     def listen() -> None:
-        before = Told()
-        while not stop.wait(SAY_EVERY_S):
+        before = News()
+        while not stop.wait(BREATH_S):
             now = trainer.ask_first(_answer)
             if now and now.latest and now != before:
                 before = now
@@ -158,8 +160,14 @@ def heard(trainer: LeanTrainer, hear: Callable[[Row, int], None]) -> Iterator[No
         thread.join()
 
 
-def _answer() -> Told:
-    return told
+def _answer() -> News:
+    """After a while in which the thread that calls this, the worker's first, does nothing.
+
+    Else it would look for signals a hundred times a second, and each time stop a thread of the training.
+    """
+    if news.latest is not None:
+        over.wait(SAY_EVERY_S)
+    return news
 
 
 def _let_them_save(trainer: LeanTrainer) -> None:
@@ -171,7 +179,7 @@ def _let_them_save(trainer: LeanTrainer) -> None:
 def _end_soon() -> bool:
     """Tells the workers to. Whether there is something to save."""
     told_to_end.set()
-    return told.latest is not None
+    return news.latest is not None
 
 
 def _work(settings: dict[str, Any]) -> None:
@@ -205,7 +213,7 @@ def _work(settings: dict[str, Any]) -> None:
     ranks.copy_from_first(model.parameters())  # one seed may draw other bits on another kind of processor
     plan = TrainPlan(steps=task.steps, batch_tokens=task.batch_tokens, optim=task.optim)
     steps = train(model, optimizer, loader.step, plan, start=start, ranks=ranks if ranks.world > 1 else None)
-    told.committed = start
+    news.committed = start
     if ranks.rank == 0:
         if place.profile:
             out: Dir = settings["out"]
@@ -215,7 +223,7 @@ def _work(settings: dict[str, Any]) -> None:
         live = LiveCurves(work, history)
 
     def committed(step: int) -> None:
-        told.committed = step
+        news.committed = step
         live.draw(step)
 
     saver = Saver(
@@ -226,7 +234,10 @@ def _work(settings: dict[str, Any]) -> None:
         parts=ranks.world if shard else 1,
         committed=committed,
     )
-    _take(steps, saver, history, ranks, place.checkpoint_s)
+    try:
+        _take(steps, saver, history, ranks, place.checkpoint_s)
+    finally:
+        over.set()
     if ranks.rank == 0:
         _put_result(settings["out"], model, history)
         live.end()
@@ -284,7 +295,7 @@ def _told(steps: Iterator[StepDone], history: list[Row], observer: Observer) -> 
     """The same steps, kept in `history` and for the driver to hear."""
     for done in steps:
         history.append(observer.row(done))
-        told.latest = history[-1]
+        news.latest = history[-1]
         yield done
 
 

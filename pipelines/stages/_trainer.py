@@ -55,8 +55,10 @@ class LeanTrainer(TorchTrainer):  # type: ignore[misc]  # Ray says nothing of it
         first = self._group.first
         if first is None:
             return None
+        # The process bears this name meanwhile, in `ps` and on the dashboard.
+        name = f"RayTrainWorker.{question.__name__.strip('_')}"
         try:
-            answer: T = ray.get(first.execute_async(question), timeout=END_S)
+            answer: T = ray.get(first.actor.execute.options(name=name).remote(question), timeout=END_S)
         except (RayError, TimeoutError):  # it has just been lost, or it hangs and will be
             return None
         return answer
