@@ -63,6 +63,7 @@ class Job:
     work: Dir  # kept when the stage fails, so that the next try can resume
     base: Path  # the folder of the pipeline file: relative paths begin there
     say: Callable[[Progress], None]  # from any thread
+    note: Callable[[str], None] = lambda text: None  # of what the user waits for
     lost: Callable[[], bool] = lambda: False  # whether another run has taken the stage over: nothing may be written
     sources: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # filled by `source`
 
@@ -260,6 +261,7 @@ class _Maker:
             work=work,
             base=options.base,
             say=self._say,
+            note=lambda text: self.tell(Event(step, "waiting", text=text)),
             lost=self.lease.lost,
         )
         started, clock = datetime.now(UTC), time.monotonic()

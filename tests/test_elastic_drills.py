@@ -262,6 +262,7 @@ def test_a_driver_that_is_told_to_end_lets_its_workers_save_first(calm: Base, ma
     process.send_signal(told)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 130, said
+    assert "base: saves after this step; Ctrl-C again ends it at once" in said
     assert "Traceback" not in said
     assert left_over(base.home) == []
     began, process = time.time(), base.start()

@@ -114,8 +114,9 @@ def fit(job: Job, task: Fit) -> dict[str, float]:
         with heard(trainer, partial(_say, job)):
             trainer.fit()
     except KeyboardInterrupt:
-        if not job.lost():
-            _let_them_save(trainer)
+        if not job.lost() and trainer.ask_first(_end_soon):
+            job.note("saves after this step; Ctrl-C again ends it at once")
+            trainer.let_end(GRACE_S)
         raise
     finally:
         trainer.end()
@@ -144,11 +145,11 @@ def heard(trainer: LeanTrainer, hear: Callable[[Row, int], None]) -> Iterator[No
     stop = threading.Event()
 
     def listen() -> None:
-        before = News()
+        known = None
         while not stop.wait(BREATH_S):
             now = trainer.ask_first(_answer)
-            if now and now.latest and now != before:
-                before = now
+            if now and now.latest and (now.latest["step"], now.committed) != known:
+                known = now.latest["step"], now.committed
                 hear(now.latest, now.committed)
 
     thread = threading.Thread(target=listen, daemon=True)
@@ -170,14 +171,8 @@ def _answer() -> News:
     return news
 
 
-def _let_them_save(trainer: LeanTrainer) -> None:
-    """They do at the end of their step, and leave."""
-    if trainer.ask_first(_end_soon):
-        trainer.let_end(GRACE_S)
-
-
 def _end_soon() -> bool:
-    """Tells the workers to. Whether there is something to save."""
+    """The workers save at the end of their step, and leave. Whether there is something to save."""
     told_to_end.set()
     return news.latest is not None
 

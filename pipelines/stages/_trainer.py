@@ -89,7 +89,8 @@ class LeanTrainer(TorchTrainer):  # type: ignore[misc]  # Ray says nothing of it
             try:
                 loop.run_until_complete(asyncio.wait([running]))
                 if workers := controller.get_worker_group():  # it was stopped
-                    workers.abort()
+                    with suppress(Exception):  # Ray may have ended too
+                        workers.abort()
                 loop.close()
             finally:
                 self._group.forget()
